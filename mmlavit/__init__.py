@@ -1,0 +1,14 @@
+"""LaViT backbone for mmdetection, mmsegmentation and mmpretrain.
+
+Importing this package, or naming it in a config's ``custom_imports``, registers
+``type='LaViT'`` in all three.
+"""
+from . import environment  # isort: skip  (first: says what is missing)
+from .complexity import register_flop_handles
+from .lavit import LaViT
+from .version import __version__
+
+environment.allow_checkpoint_types()
+register_flop_handles()
+
+__all__ = ['LaViT', '__version__']

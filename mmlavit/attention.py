@@ -1,0 +1,374 @@
+"""Vanilla and less attention over spatially reduced keys.
+
+Token tensors are ``(B, N, C)`` with ``N = h * w`` queries, or ``M`` keys, of a
+``grid = (h, w)``; heads lie side by side in ``C``. "Known" marks what the paper
+states, "our choice" what it leaves open.
+
+The scores that a less-attention (LA) layer inherits are known to be
+``S_l = Psi(Theta(S_{l-1})^T)^T`` with linear maps over the token axes. Because
+they are linear, ``S = Q K^T`` gives ``S_l = (Psi Q) (Theta K)^T`` exactly. So
+there are two representations of scores with one interface: `FactoredScores`
+carries Q and K, `MaterialisedScores` the ``N x M`` matrix of the formula.
+"""
+from typing import NamedTuple, Optional, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import build_norm_layer
+from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
+from torch import Tensor, nn
+
+Grid = Tuple[int, int]
+
+# Entries per head up to which score_path='auto' builds a matrix: 8 MB in
+# float32. It bounds the memory, which is else linear in the pixels.
+MAX_BUILT_SCORES = 2**21
+
+
+def to_map(x: Tensor, grid: Grid) -> Tensor:
+    """(B, h * w, C) -> (B, C, h, w), a channels-last view."""
+    return x.unflatten(1, grid).permute(0, 3, 1, 2)
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h * w, C), a view of a channels-last map."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, N, heads * d) -> (B, heads, N, d), a view."""
+    return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, heads, N, d) -> (B, N, heads * d)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def normalise(norm: nn.Module, x: Tensor, grid: Grid) -> Tensor:
+    """Applies any norm to tokens; batch and group norms see them as a map."""
+    if isinstance(norm, (_BatchNorm, nn.GroupNorm)):
+        return to_tokens(norm(to_map(x, grid)))
+    return norm(x)
+
+
+class TokenMix(nn.Module):
+    """Theta or Psi: the learned linear map over one token axis.
+
+    ``x + U W D x``: at the base grid D and U are the identity and this is the
+    full matrix ``I + W``; at any other grid D averages areas down to the base
+    grid and U resizes bilinearly back, at a cost linear in the tokens (our
+    choice). W starts at zero, so that a fresh LA layer repeats its
+    predecessor's attention. There is no bias: in Psi it would cancel in the
+    softmax.
+
+    Args:
+        base_grid (tuple[int, int]): Grid (h, w) on which W is learned.
+    """
+
+    def __init__(self, base_grid: Grid) -> None:
+        super().__init__()
+        self.base_grid = tuple(base_grid)
+        n = base_grid[0] * base_grid[1]
+        self.weight = nn.Parameter(torch.zeros(n, n))
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        """(B, N, C) on ``grid`` -> (B, N, C)."""
+        # bmm on an expanded weight: matmul would transpose and copy x.
+        weight = self.weight.expand(len(x), -1, -1)
+        if tuple(grid) == self.base_grid:
+            return torch.baddbmm(x, weight, x)
+        base = to_tokens(
+            F.adaptive_avg_pool2d(to_map(x, grid), self.base_grid))
+        delta = to_map(torch.bmm(weight, base), self.base_grid)
+        return x + to_tokens(
+            F.interpolate(delta, grid, mode='bilinear', align_corners=False))
+
+    def extra_repr(self) -> str:
+        return f'base_grid={self.base_grid}'
+
+
+class FactoredScores(NamedTuple):
+    """Scores ``S[h'] = sum_h mix[h', h] q_h k_h^T``, never multiplied out.
+
+    The softmax scale is part of k. Without ``mix`` every head is its own.
+    """
+    q: Tensor  # (B, N, heads * d)
+    k: Tensor  # (B, M, heads * d)
+    num_heads: int
+    mix: Optional[Tensor] = None  # (heads', heads)
+
+    def mix_tokens(self, theta: TokenMix, psi: TokenMix, q_grid: Grid,
+                   k_grid: Grid) -> 'FactoredScores':
+        """The scores Psi(Theta(S)^T)^T of a less-attention layer."""
+        return self._replace(
+            q=psi(self.q, q_grid), k=theta(self.k, k_grid))
+
+    def downsample(self, depthwise: Tensor, mix: Tensor, stride: int,
+                   q_grid: Grid) -> 'FactoredScores':
+        """Depth-wise convolution over the query grid, then head mixing."""
+        q, k, heads = self.q, self.k, self.num_heads
+        if self.mix is not None:
+            # The kernels belong to the mixed heads: give each its own factors.
+            q, k = (merge_heads(x) for x in self.expand())
+            heads = len(self.mix)
+        dims = q.shape[2]
+        q = F.conv2d(
+            to_map(q, q_grid),
+            depthwise.repeat_interleave(dims // heads, dim=0),
+            stride=stride,
+            padding=depthwise.shape[-1] // 2,
+            groups=dims)
+        return FactoredScores(to_tokens(q), k, heads, mix)
+
+    def expand(self) -> Tuple[Tensor, Tensor]:
+        """Per-head factors q (B, heads', N, D), k (B, heads', M, D)."""
+        if self.mix is None:
+            return (split_heads(self.q, self.num_heads),
+                    split_heads(self.k, self.num_heads))
+        heads, source_heads = self.mix.shape
+        # q_h' = concat_h(mix[h', h] q_h), all heads sharing k = concat_h(k_h)
+        weight = self.mix.repeat_interleave(
+            self.q.shape[2] // source_heads, dim=1)
+        q = self.q.unsqueeze(1) * weight.to(self.q.dtype)[:, None]
+        return q, self.k.unsqueeze(1).expand(-1, heads, -1, -1)
+
+    def dense(self) -> Tensor:
+        """The score matrix (B, heads', N, M)."""
+        scores = split_heads(self.q, self.num_heads) @ split_heads(
+            self.k, self.num_heads).transpose(2, 3)
+        return scores if self.mix is None else mix_heads(scores, self.mix)
+
+
+class MaterialisedScores(NamedTuple):
+    """Scores as the matrix of the paper's formulas: the literal reference."""
+    scores: Tensor  # (B, heads, N, M)
+
+    def mix_tokens(self, theta: TokenMix, psi: TokenMix, q_grid: Grid,
+                   k_grid: Grid) -> 'MaterialisedScores':
+        """The scores Psi(Theta(S)^T)^T of a less-attention layer."""
+        transposed = self._mix_last(theta, self.scores, k_grid).mT
+        return MaterialisedScores(self._mix_last(psi, transposed, q_grid).mT)
+
+    @staticmethod
+    def _mix_last(mix: TokenMix, x: Tensor, grid: Grid) -> Tensor:
+        # (B, heads, R, T) -> (B, T, heads * R) -> back
+        tokens = mix(x.flatten(1, 2).transpose(1, 2), grid)
+        return tokens.transpose(1, 2).view(x.shape)
+
+    def downsample(self, depthwise: Tensor, mix: Tensor, stride: int,
+                   q_grid: Grid) -> 'MaterialisedScores':
+        """Depth-wise convolution over the query grid, then head mixing."""
+        batch, heads, _, keys = self.scores.shape
+        # Every key is an image over the query grid, with heads as channels.
+        maps = self.scores.permute(0, 3, 1, 2).reshape(
+            batch * keys, heads, *q_grid)
+        maps = F.conv2d(
+            maps,
+            depthwise,
+            stride=stride,
+            padding=depthwise.shape[-1] // 2,
+            groups=heads)
+        scores = maps.view(batch, keys, heads, -1).permute(0, 2, 3, 1)
+        return MaterialisedScores(mix_heads(scores, mix))
+
+    def dense(self) -> Tensor:
+        """The score matrix (B, heads, N, M)."""
+        return self.scores
+
+
+def mix_heads(scores: Tensor, mix: Tensor) -> Tensor:
+    """A 1x1 convolution over heads: (B, h, N, M), (h', h) -> (B, h', N, M)."""
+    return torch.matmul(mix, scores.flatten(2)).unflatten(2, scores.shape[2:])
+
+
+Scores = Union[FactoredScores, MaterialisedScores]
+
+
+class LayerScores(NamedTuple):
+    """What a layer's attention is the softmax of: the sum of both parts."""
+    own: Optional[Scores] = None  # from Q and K of the stage's last VA layer
+    inherited: Optional[Scores] = None  # from the stage before
+
+    def parts(self) -> Tuple[Scores, ...]:
+        return tuple(part for part in self if part is not None)
+
+    def dense(self) -> Tensor:
+        """The score matrix (B, heads, N, M)."""
+        return sum(part.dense() for part in self.parts())
+
+    def to_next_stage(self) -> Scores:
+        """The part that crosses a stage boundary.
+
+        Only what the stage itself computed (our choice): else the width of the
+        factors would grow with every stage.
+        """
+        return self.inherited if self.own is None else self.own
+
+
+class AttentionDownsample(nn.Module):
+    """Scores of one stage -> scores over the next stage's query grid.
+
+    Known: a depth-wise convolution, then a 1x1 convolution from the heads of
+    one stage to those of the next. Our choice: 3x3 with the stride of the patch
+    embedding, over the two-dimensional query grid, one kernel per head, no
+    biases (they cancel in the softmax). Starts as the mean over the 3x3 window
+    and with every new head inheriting one old head.
+
+    Args:
+        in_heads (int): Heads of the stage before.
+        out_heads (int): Heads of this stage.
+        stride (int): Stride between their query grids.
+    """
+
+    def __init__(self, in_heads: int, out_heads: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.depthwise = nn.Parameter(torch.full((in_heads, 1, 3, 3), 1 / 9))
+        source = torch.arange(out_heads) * in_heads // out_heads
+        self.mix = nn.Parameter(F.one_hot(source, in_heads).float())
+
+    def forward(self, scores: Scores, q_grid: Grid) -> Scores:
+        return scores.downsample(self.depthwise, self.mix, self.stride, q_grid)
+
+    def extra_repr(self) -> str:
+        out_heads, in_heads = self.mix.shape
+        return f'{in_heads}, {out_heads}, stride={self.stride}'
+
+
+class SpatialReduction(nn.Module):
+    """Tokens -> tokens of the key grid, by a strided convolution and a norm.
+
+    The grid is padded at the bottom and right to a multiple of the ratio, so
+    that there are ``ceil(h / ratio) x ceil(w / ratio)`` keys.
+
+    Args:
+        dims (int): Number of channels.
+        ratio (int): Kernel size and stride.
+        norm_cfg (dict): Config of the norm.
+    """
+
+    def __init__(self, dims: int, ratio: int, norm_cfg: dict) -> None:
+        super().__init__()
+        self.ratio = ratio
+        self.conv = nn.Conv2d(dims, dims, ratio, stride=ratio)
+        self.norm = build_norm_layer(norm_cfg, dims)[1]
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        """(B, N, C) -> (B, M, C)."""
+        x = to_map(x, grid)
+        bottom, right = (-size % self.ratio for size in grid)
+        if bottom or right:
+            x = F.pad(x, (0, right, 0, bottom))
+        x = self.conv(x)
+        return normalise(self.norm, to_tokens(x), x.shape[2:])
+
+
+class Attention(nn.Module):
+    """What both kinds of layer share: values, aggregation, output projection.
+
+    Args:
+        dims (int): Number of channels.
+        num_heads (int): Number of heads.
+        sr_ratio (int): Spatial reduction of keys and values; 1 for none.
+        qkv_bias (bool): Whether the input projections have a bias.
+        attn_drop (float): Dropout rate of the attention probabilities.
+        proj_drop (float): Dropout rate of the output.
+        norm_cfg (dict): Config of the norm behind the spatial reduction.
+        score_path (str): 'auto', 'factored' or 'materialised'; see `LaViT`.
+    """
+
+    def __init__(self, dims: int, num_heads: int, sr_ratio: int,
+                 qkv_bias: bool, attn_drop: float, proj_drop: float,
+                 norm_cfg: dict, score_path: str) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.sr_ratio = sr_ratio
+        self.attn_drop = attn_drop
+        self.score_path = score_path
+        if sr_ratio > 1:
+            self.reduction = SpatialReduction(dims, sr_ratio, norm_cfg)
+        self.proj = nn.Linear(dims, dims)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def reduce(self, x: Tensor, grid: Grid) -> Tensor:
+        return self.reduction(x, grid) if self.sr_ratio > 1 else x
+
+    def key_grid(self, grid: Grid) -> Grid:
+        return tuple(-(-size // self.sr_ratio) for size in grid)
+
+    def aggregate(self, scores: LayerScores, v: Tensor) -> Tensor:
+        """Z = softmax(S) V and its projection; v (B, M, C) -> (B, N, C)."""
+        v = split_heads(v, self.num_heads)
+        dropout = self.attn_drop if self.training else 0.
+        if self.builds_scores(scores):
+            attn = scores.dense().softmax(dim=-1)
+            z = F.dropout(attn, dropout).to(v.dtype) @ v
+        else:
+            # One product of the factors side by side is the sum of the parts.
+            q, k = (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+                    for parts in zip(*(p.expand() for p in scores.parts())))
+            z = F.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, scale=1.)
+        return self.proj_drop(self.proj(merge_heads(z)))
+
+    def builds_scores(self, scores: LayerScores) -> bool:
+        """Whether the N x M score matrix is built in this layer."""
+        if self.score_path == 'auto' and scores.own is None:
+            # Inherited scores alone: their factors are as wide as the stage
+            # before, so building the matrix takes a fifth of the products, and
+            # it is small here. Measured faster at 224 and at 800 x 1344.
+            q, k = scores.inherited.q, scores.inherited.k
+            return q.shape[1] * k.shape[1] <= MAX_BUILT_SCORES
+        return self.score_path == 'materialised'
+
+
+class VanillaAttention(Attention):
+    """VA: scores from this layer's own Q and K, ``S = Q K^T / sqrt(d)``."""
+
+    def __init__(self, dims: int, num_heads: int, sr_ratio: int,
+                 qkv_bias: bool, *args, **kwargs) -> None:
+        super().__init__(dims, num_heads, sr_ratio, qkv_bias, *args, **kwargs)
+        self.scale = (dims // num_heads)**-0.5
+        self.q = nn.Linear(dims, dims, bias=qkv_bias)
+        self.kv = nn.Linear(dims, dims * 2, bias=qkv_bias)
+
+    def forward(self, x: Tensor, grid: Grid,
+                scores: LayerScores) -> Tuple[Tensor, LayerScores]:
+        """x (B, N, C); inherited ``scores``, if any, are added as a residual."""
+        q = self.q(x)
+        k, v = self.kv(self.reduce(x, grid)).chunk(2, dim=-1)
+        # On k, which is short: the scores' scale must cross layers with them.
+        own = FactoredScores(q, k * self.scale, self.num_heads)
+        if self.score_path == 'materialised':
+            own = MaterialisedScores(own.dense())
+        scores = scores._replace(own=own)
+        return self.aggregate(scores, v), scores
+
+
+class LessAttention(Attention):
+    """LA: the predecessor's scores, mixed over tokens; no Q and no K.
+
+    ``S_l = Psi(Theta(S_{l-1})^T)^T``. Arguments as for `Attention`, and:
+
+    Args:
+        q_base_grid (tuple[int, int]): Base grid of Psi.
+        k_base_grid (tuple[int, int]): Base grid of Theta.
+    """
+
+    def __init__(self, dims: int, num_heads: int, sr_ratio: int,
+                 qkv_bias: bool, *args, q_base_grid: Grid, k_base_grid: Grid,
+                 **kwargs) -> None:
+        super().__init__(dims, num_heads, sr_ratio, qkv_bias, *args, **kwargs)
+        self.v = nn.Linear(dims, dims, bias=qkv_bias)
+        self.theta = TokenMix(k_base_grid)
+        self.psi = TokenMix(q_base_grid)
+
+    def forward(self, x: Tensor, grid: Grid,
+                scores: LayerScores) -> Tuple[Tensor, LayerScores]:
+        """x (B, N, C); ``scores`` are those of the layer before."""
+        scores = LayerScores(*(
+            None if part is None else part.mix_tokens(
+                self.theta, self.psi, grid, self.key_grid(grid))
+            for part in scores))
+        return self.aggregate(scores, self.v(self.reduce(x, grid))), scores

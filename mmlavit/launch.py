@@ -1,0 +1,104 @@
+"""Runs the toolbox's own train and test scripts, on the CPU ranks they lack.
+
+``tools/train.py`` and ``tools/test.py`` of mmlavit are these scripts of mmdet,
+mmseg or mmpretrain, whichever the config's ``default_scope`` names, with three
+differences: mmlavit is imported, what one toolbox's script does not know of the
+common arguments is translated, and ranks without a GPU talk over gloo.
+"""
+import argparse
+import importlib.util
+import runpy
+import sys
+from pathlib import Path
+from typing import List
+
+import torch
+from mmengine.config import Config
+
+PIP_NAMES = dict(mmseg='mmsegmentation')
+CONFIG_SUFFIXES = ('.py', '.yml', '.yaml', '.json')
+SCOPES = ('mmdet', 'mmseg', 'mmpretrain')
+
+
+def main(task: str) -> None:
+    """Runs the script of the toolbox that the config belongs to.
+
+    Args:
+        task (str): 'train' or 'test'.
+    """
+    argv = sys.argv[1:]
+    path = next((arg for arg in argv if arg.endswith(CONFIG_SUFFIXES)), None)
+    if path is None:
+        sys.exit(f'usage: python {sys.argv[0]} CONFIG '
+                 f'{"CHECKPOINT " if task == "test" else ""}[OPTIONS]; '
+                 'CONFIG --help shows the options')
+    config = Config.fromfile(path)
+    scope = config.get('default_scope')
+    if scope not in SCOPES:
+        sys.exit(f'{path}: default_scope={scope!r}: expected one of '
+                 f'{SCOPES}')
+
+    if scope == 'mmseg' and task == 'train':
+        argv = translate_for_mmseg(argv)
+    if wants_torchrun(argv) and not torch.cuda.is_available():
+        torch.distributed.init_process_group('gloo')
+        argv = add_options(argv, cpu_ddp_options(config))
+    script = find_script(scope, task)
+    sys.argv = [str(script), *argv]
+    runpy.run_path(str(script), run_name='__main__')
+
+
+def wants_torchrun(argv: List[str]) -> bool:
+    """Whether the arguments say ``--launcher pytorch``."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument('--launcher')
+    return parser.parse_known_args(argv)[0].launcher == 'pytorch'
+
+
+def find_script(scope: str, task: str) -> Path:
+    """The path of an installed toolbox's own script."""
+    spec = importlib.util.find_spec(scope)
+    if spec is None:
+        sys.exit(f'The config is for {scope}, which is not installed: '
+                 f'pip install {PIP_NAMES.get(scope, scope)}')
+    script = Path(spec.origin).parent / '.mim' / 'tools' / f'{task}.py'
+    if not script.is_file():
+        sys.exit(f'{script} is missing: reinstall {scope} with '
+                 f'pip install --force-reinstall {PIP_NAMES.get(scope, scope)}')
+    return script
+
+
+def add_options(argv: List[str], options: List[str]) -> List[str]:
+    """Adds to ``--cfg-options``, of which argparse would keep only the last."""
+    if '--cfg-options' not in argv:
+        return [*argv, '--cfg-options', *options]
+    position = argv.index('--cfg-options') + 1
+    return argv[:position] + options + argv[position:]
+
+
+def cpu_ddp_options(config: Config) -> List[str]:
+    """mmengine names a GPU for every rank, which DDP refuses on the CPU."""
+    options = ['model_wrapper_cfg.device_ids=None']
+    if 'model_wrapper_cfg' not in config:
+        unused = config.get('find_unused_parameters', False)
+        options += [
+            'model_wrapper_cfg.type=MMDistributedDataParallel',
+            'model_wrapper_cfg.broadcast_buffers=False',
+            f'model_wrapper_cfg.find_unused_parameters={unused}'
+        ]
+    return options
+
+
+def translate_for_mmseg(argv: List[str]) -> List[str]:
+    """mmseg's script has no ``--auto-scale-lr`` and no ``--resume PATH``."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument('--resume', nargs='?', const='auto')
+    parser.add_argument('--auto-scale-lr', action='store_true')
+    args, argv = parser.parse_known_args(argv)
+    if args.resume:
+        argv = [*argv, '--resume']
+        if args.resume != 'auto':
+            argv = add_options(argv, [f'load_from={args.resume}'])
+    if args.auto_scale_lr:
+        argv = add_options(argv, ['auto_scale_lr.enable=True'])
+    return argv

@@ -1,0 +1,539 @@
+"""LaViT: Less-Attention Vision Transformer (CVPR 2024, arXiv 2406.00427)."""
+import math
+import os
+from typing import Optional, Sequence, Tuple, Union
+
+import torch
+from mmcv.cnn import build_activation_layer, build_norm_layer
+from mmcv.cnn.bricks import DropPath
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .attention import (AttentionDownsample, Grid, LayerScores, LessAttention,
+                        Scores, VanillaAttention, normalise, to_map, to_tokens)
+
+# Our choice: the paper's depths and widths are not public in full. These meet
+# its parameters and FLOPs within 4 %.
+ARCHS = dict(
+    tiny=dict(
+        embed_dims=(64, 128, 320, 448),
+        depths=(2, 2, 2, 2),
+        num_va_layers=(2, 2, 1, 0),
+        num_heads=(1, 2, 5, 7)),
+    small=dict(
+        embed_dims=(64, 128, 320, 448),
+        depths=(3, 4, 7, 3),
+        num_va_layers=(3, 4, 2, 0),
+        num_heads=(1, 2, 5, 7)),
+    base=dict(
+        embed_dims=(64, 128, 320, 448),
+        depths=(4, 5, 18, 3),
+        num_va_layers=(4, 5, 3, 0),
+        num_heads=(1, 2, 5, 7)),
+)
+# What an `arch` dict may leave out.
+ARCH_DEFAULTS = dict(
+    mlp_ratios=(4, 4, 4, 4), patch_sizes=(7, 3, 3, 3), strides=(4, 2, 2, 2))
+
+SCORE_PATHS = ('auto', 'factored', 'materialised')
+
+
+class ConvFFN(nn.Module):
+    """Feed-forward network with a depth-wise 3x3 convolution, as in PVTv2.
+
+    Args:
+        dims (int): Number of channels.
+        hidden_dims (int): Channels of the hidden layer.
+        act_cfg (dict): Config of the activation.
+        drop (float): Dropout rate.
+    """
+
+    def __init__(self, dims: int, hidden_dims: int, act_cfg: dict,
+                 drop: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dims, hidden_dims)
+        self.dwconv = nn.Conv2d(
+            hidden_dims, hidden_dims, 3, padding=1, groups=hidden_dims)
+        self.act = build_activation_layer(act_cfg)
+        self.fc2 = nn.Linear(hidden_dims, dims)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        """(B, N, C) -> (B, N, C)."""
+        x = self.fc1(x)
+        x = to_tokens(self.dwconv(to_map(x, grid)))
+        return self.drop(self.fc2(self.drop(self.act(x))))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and FFN, with the scores passing through beside.
+
+    Args:
+        attn (VanillaAttention | LessAttention): The attention.
+        dims (int): Number of channels.
+        mlp_ratio (float): Width of the FFN's hidden layer over ``dims``.
+        norm_cfg (dict): Config of the norms.
+        act_cfg (dict): Config of the activation.
+        drop (float): Dropout rate of the FFN.
+        drop_path (float): Rate of stochastic depth.
+        with_cp (bool): Whether to recompute activations in the backward pass.
+    """
+
+    def __init__(self, attn: nn.Module, dims: int, mlp_ratio: float,
+                 norm_cfg: dict, act_cfg: dict, drop: float, drop_path: float,
+                 with_cp: bool) -> None:
+        super().__init__()
+        self.with_cp = with_cp
+        self.norm1 = build_norm_layer(norm_cfg, dims)[1]
+        self.attn = attn
+        self.norm2 = build_norm_layer(norm_cfg, dims)[1]
+        self.ffn = ConvFFN(dims, int(dims * mlp_ratio), act_cfg, drop)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor, grid: Grid,
+                scores: LayerScores) -> Tuple[Tensor, LayerScores]:
+        """x (B, N, C) and the scores of the layer before."""
+        if self.with_cp and x.requires_grad:
+            return checkpoint(
+                self._forward, x, grid, scores, use_reentrant=False)
+        return self._forward(x, grid, scores)
+
+    def _forward(self, x, grid, scores):
+        z, scores = self.attn(normalise(self.norm1, x, grid), grid, scores)
+        x = x + self.drop_path(z)
+        z = self.ffn(normalise(self.norm2, x, grid), grid)
+        return x + self.drop_path(z), scores
+
+
+class PatchEmbed(nn.Module):
+    """Overlapping patches: a strided convolution and a norm, as in PVTv2.
+
+    Args:
+        in_channels (int): Channels of the map that comes in.
+        dims (int): Channels of the tokens.
+        patch_size (int): Kernel size, odd, so that an input of ``n`` rows
+            gives ``ceil(n / stride)``.
+        stride (int): Stride.
+        norm_cfg (dict): Config of the norm.
+    """
+
+    def __init__(self, in_channels: int, dims: int, patch_size: int,
+                 stride: int, norm_cfg: dict) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_channels, dims, patch_size, stride, padding=patch_size // 2)
+        self.norm = build_norm_layer(norm_cfg, dims)[1]
+
+    def forward(self, x: Tensor) -> Tuple[Tensor, Grid]:
+        """(B, C_in, H, W) -> (B, h * w, C), (h, w)."""
+        x = self.conv(x)
+        grid = tuple(x.shape[2:])
+        return normalise(self.norm, to_tokens(x), grid), grid
+
+
+class Stage(nn.Module):
+    """Patch embedding, then VA layers, then LA layers.
+
+    Args:
+        patch_embed (PatchEmbed): The embedding.
+        blocks (Sequence[Block]): The layers.
+        downsample (AttentionDownsample, optional): Takes the scores of the
+            stage before to this stage's first layer. Defaults to None: nothing
+            is inherited.
+    """
+
+    def __init__(self,
+                 patch_embed: PatchEmbed,
+                 blocks: Sequence[Block],
+                 downsample: Optional[AttentionDownsample] = None) -> None:
+        super().__init__()
+        self.patch_embed = patch_embed
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, last_scores: Optional[Scores],
+                last_grid: Optional[Grid]) -> Tuple[Tensor, Scores, Grid]:
+        """A map (B, C_in, H, W) and the scores that the stage before passes on.
+
+        Returns:
+            tuple: Tokens (B, N, C), the scores to pass on, the grid (h, w).
+        """
+        x, grid = self.patch_embed(x)
+        scores = LayerScores()
+        if self.downsample is not None:
+            scores = LayerScores(
+                inherited=self.downsample(last_scores, last_grid))
+        for block in self.blocks:
+            if isinstance(block.attn, VanillaAttention) and scores.own:
+                scores = LayerScores()  # only the first VA layer has a residual
+            x, scores = block(x, grid, scores)
+        return x, scores.to_next_stage(), grid
+
+
+@MODELS.register_module()
+class LaViT(BaseModule):
+    """LaViT backbone, for detection, segmentation and classification.
+
+    Source: "You Only Need Less Attention at Each Stage in Vision Transformers"
+    (CVPR 2024, arXiv 2406.00427). Known from the paper: four stages, in each
+    ``num_va_layers`` vanilla attention (VA) layers and then less-attention (LA)
+    layers ``S_l = Psi(Theta(S_{l-1})^T)^T``; LA-only stages inherit downsampled
+    scores, which are a residual where a stage begins with VA. Our choices:
+    spatially reduced keys and values, overlapping patches and convolutional
+    FFNs as in PVTv2, the presets, Theta and Psi as factored maps that work at
+    any input size (see `mmlavit.attention`).
+
+    Args:
+        arch (str | dict): 'tiny', 'small', 'base', or a dict with
+            ``embed_dims``, ``depths``, ``num_heads`` and ``num_va_layers``, and
+            if need be ``mlp_ratios`` (default (4, 4, 4, 4)), ``patch_sizes``
+            (odd, default (7, 3, 3, 3)) and ``strides`` (default (4, 2, 2, 2));
+            each with a value for every stage. Defaults to 'small'.
+        in_channels (int): Channels of the input. Defaults to 3.
+        pretrain_img_size (int): Input size in pixels that fixes the base grids
+            of Theta and Psi. Keep it when fine-tuning at another size: the
+            backbone takes any. Defaults to 224.
+        out_indices (Sequence[int]): Stages whose maps are returned, ascending.
+            Later stages are not built. Defaults to (0, 1, 2, 3).
+        num_va_layers (Sequence[int], optional): Overrides the arch's number of
+            VA layers of each stage; equal to ``depths`` there is no LA layer
+            and with ``attn_residual=False`` nothing of LaViT's. Defaults to
+            None.
+        sr_ratios (Sequence[int]): Spatial reduction of keys and values in each
+            stage; at stages that inherit scores, ratio times total stride must
+            not change. Defaults to (8, 4, 2, 1).
+        attn_residual (bool): Whether scores are added across stages where a
+            stage begins with VA. LA-only stages inherit them in any case.
+            Defaults to True.
+        score_path (str): 'materialised': the literal formulas on N x M score
+            matrices. 'factored': never builds one; the same values from the
+            mixed Q and K. 'auto': the cheaper one in each layer. Defaults to
+            'auto'.
+        max_query_grid (int): Largest side of Psi's base grid, in tokens.
+            Defaults to 14.
+        qkv_bias (bool): Whether the q, k, v projections have a bias. Defaults
+            to True.
+        drop_rate (float): Dropout behind projections and in the FFN. Defaults
+            to 0.
+        attn_drop_rate (float): Dropout of attention probabilities. Defaults to
+            0.
+        drop_path_rate (float): Stochastic depth of the last layer, rising
+            linearly from 0 at the first. Defaults to 0.
+        norm_cfg (dict): Config of norms. Defaults to
+            ``dict(type='LN', eps=1e-6)``.
+        act_cfg (dict): Config of the FFN's activation. Defaults to
+            ``dict(type='GELU')``.
+        with_cp (bool): Whether to checkpoint each layer: less memory, more
+            time. Defaults to False.
+        frozen_stages (int): Stages 0 to this are frozen and in eval mode; -1
+            freezes none. Defaults to -1.
+        norm_eval (bool): Whether batch norms (if ``norm_cfg`` says so) keep
+            their running statistics in training. Defaults to False.
+        init_cfg (dict | list[dict], optional): Config of the initialisation on
+            top of the default (linear layers truncated normal of std 0.02,
+            convolutions normal by fan-out, Theta and Psi the identity).
+            Defaults to None.
+
+    Raises:
+        TypeError, ValueError: For an argument that cannot work; the message
+            names it, its value and what would be right.
+
+    Example:
+        >>> import torch
+        >>> from mmengine.registry import MODELS
+        >>> import mmlavit
+        >>> model = MODELS.build(dict(type='LaViT', arch='tiny'))
+        >>> maps = model(torch.rand(1, 3, 224, 224))
+        >>> [tuple(x.shape) for x in maps]
+        [(1, 64, 56, 56), (1, 128, 28, 28), (1, 320, 14, 14), (1, 448, 7, 7)]
+    """
+
+    def __init__(self,
+                 arch: Union[str, dict] = 'small',
+                 in_channels: int = 3,
+                 pretrain_img_size: int = 224,
+                 out_indices: Sequence[int] = (0, 1, 2, 3),
+                 num_va_layers: Optional[Sequence[int]] = None,
+                 sr_ratios: Sequence[int] = (8, 4, 2, 1),
+                 attn_residual: bool = True,
+                 score_path: str = 'auto',
+                 max_query_grid: int = 14,
+                 qkv_bias: bool = True,
+                 drop_rate: float = 0.,
+                 attn_drop_rate: float = 0.,
+                 drop_path_rate: float = 0.,
+                 norm_cfg: dict = dict(type='LN', eps=1e-6),
+                 act_cfg: dict = dict(type='GELU'),
+                 with_cp: bool = False,
+                 frozen_stages: int = -1,
+                 norm_eval: bool = False,
+                 init_cfg: Union[dict, Sequence[dict], None] = None) -> None:
+        super().__init__(init_cfg)
+        arch = resolve_arch(arch, num_va_layers, sr_ratios)
+        num_stages = len(arch['depths'])
+        _require_int('in_channels', in_channels, 1)
+        _require_int('pretrain_img_size', pretrain_img_size, 1)
+        _require_int('max_query_grid', max_query_grid, 1)
+        _require_int('frozen_stages', frozen_stages, -1, num_stages - 1)
+        for name, rate in dict(
+                drop_rate=drop_rate,
+                attn_drop_rate=attn_drop_rate,
+                drop_path_rate=drop_path_rate).items():
+            _require(0 <= rate < 1, name, rate, 'a rate from 0 to below 1')
+        _require(score_path in SCORE_PATHS, 'score_path', score_path,
+                 f'one of {SCORE_PATHS}')
+        out_indices = _require_ints('out_indices', out_indices, 0,
+                                    num_stages - 1)
+        _require(out_indices and list(out_indices) == sorted(set(out_indices)),
+                 'out_indices', out_indices,
+                 'stage indices, ascending and each once')
+
+        self.arch = arch
+        self.in_channels = in_channels
+        self.out_indices = out_indices
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.downsample_ratio = math.prod(arch['strides'])
+
+        embed_dims, depths, strides, heads, va_layers = (
+            arch[key] for key in ('embed_dims', 'depths', 'strides',
+                                  'num_heads', 'num_va_layers'))
+        drop_paths = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        self.stages = nn.ModuleList()
+        for i in range(out_indices[-1] + 1):
+            total_stride = math.prod(strides[:i + 1])
+            # Grids of the pre-training size, on which Psi and Theta are learned
+            q_side = math.ceil(pretrain_img_size / total_stride)
+            k_side = math.ceil(q_side / sr_ratios[i])
+            q_side = min(q_side, max_query_grid)
+            common = (embed_dims[i], heads[i], sr_ratios[i], qkv_bias,
+                      attn_drop_rate, drop_rate, norm_cfg, score_path)
+            blocks = []
+            for j in range(depths[i]):
+                if j < va_layers[i]:
+                    attn = VanillaAttention(*common)
+                else:
+                    attn = LessAttention(
+                        *common,
+                        q_base_grid=(q_side, q_side),
+                        k_base_grid=(k_side, k_side))
+                blocks.append(
+                    Block(attn, embed_dims[i], arch['mlp_ratios'][i], norm_cfg,
+                          act_cfg, drop_rate, drop_paths[sum(depths[:i]) + j],
+                          with_cp))
+            inherits = i > 0 and (attn_residual or va_layers[i] == 0)
+            if inherits:
+                last = total_stride // strides[i] * sr_ratios[i - 1]
+                _require(
+                    last == total_stride * sr_ratios[i], 'sr_ratios',
+                    tuple(sr_ratios),
+                    f'stage {i} inherits scores, so its total stride times '
+                    f'ratio ({total_stride} x {sr_ratios[i]}) must equal that '
+                    f'of stage {i - 1} ({last}), as with (8, 4, 2, 1) at '
+                    'strides (4, 2, 2, 2); or set attn_residual=False and begin '
+                    'the stage with a VA layer')
+            self.stages.append(
+                Stage(
+                    PatchEmbed(embed_dims[i - 1] if i else in_channels,
+                               embed_dims[i], arch['patch_sizes'][i],
+                               strides[i], norm_cfg), blocks,
+                    AttentionDownsample(heads[i - 1], heads[i], strides[i])
+                    if inherits else None))
+            if i in out_indices:
+                # On the outputs alone: the trunk itself is pre-norm.
+                self.add_module(f'norm{i}',
+                                build_norm_layer(norm_cfg, embed_dims[i])[1])
+        # As the maps are: no reordering at each call, and gradients laid out as
+        # DDP expects them.
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(memory_format=torch.channels_last)
+        self._freeze()
+
+    def init_weights(self) -> None:
+        """Initialises all weights, then as ``init_cfg`` says.
+
+        Raises:
+            FileNotFoundError: If a 'Pretrained' checkpoint is a local file
+                that does not exist.
+        """
+        if self.is_init:
+            return
+        self.apply(init_module)
+        cfgs = self.init_cfg or []
+        for cfg in [cfgs] if isinstance(cfgs, dict) else cfgs:
+            path = cfg.get('checkpoint') or ''
+            if path and '://' not in path and not os.path.isfile(path):
+                raise FileNotFoundError(
+                    f'LaViT: the pre-trained checkpoint {path!r} of init_cfg '
+                    'does not exist. Give its path with --cfg-options '
+                    'model.backbone.init_cfg.checkpoint=PATH, or train from '
+                    'scratch with --cfg-options model.backbone.init_cfg=None')
+        super().init_weights()
+
+    def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
+        """Images to feature maps.
+
+        Args:
+            x (Tensor): (B, in_channels, H, W), any H and W.
+
+        Returns:
+            tuple[Tensor]: For every stage in ``out_indices`` a map (B, C_i,
+            ceil(H / stride_i), ceil(W / stride_i)), contiguous as the input is
+            (channels-last if that is).
+
+        Raises:
+            ValueError: If ``x`` is not of that shape.
+        """
+        _require(x.dim() == 4 and x.shape[1] == self.in_channels, 'x.shape',
+                 tuple(x.shape),
+                 f'(B, {self.in_channels}, H, W), as in_channels='
+                 f'{self.in_channels}')
+        memory_format = (
+            torch.contiguous_format
+            if x.is_contiguous() else torch.channels_last)
+        # Channels-last maps and tokens share their memory: no copies between.
+        x = x.contiguous(memory_format=torch.channels_last)
+        outs, scores, grid = [], None, None
+        for i, stage in enumerate(self.stages):
+            x, scores, grid = stage(x, scores, grid)
+            if i in self.out_indices:
+                out = normalise(getattr(self, f'norm{i}'), x, grid)
+                outs.append(
+                    to_map(out, grid).contiguous(memory_format=memory_format))
+            x = to_map(x, grid)
+        return tuple(outs)
+
+    def train(self, mode: bool = True) -> 'LaViT':
+        """Sets the mode; frozen stages stay in eval mode."""
+        super().train(mode)
+        self._freeze()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def _freeze(self) -> None:
+        for i, stage in enumerate(self.stages[:self.frozen_stages + 1]):
+            for module in (stage, getattr(self, f'norm{i}', None)):
+                if module is not None:
+                    module.eval().requires_grad_(False)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args,
+                              **kwargs) -> None:
+        """Refuses the weights of another architecture instead of skipping."""
+        wrong = [
+            f'{name} is {tuple(state_dict[prefix + name].shape)} in the '
+            f'checkpoint, {tuple(own.shape)} here'
+            for name, own in self.state_dict().items()
+            if prefix + name in state_dict
+            and state_dict[prefix + name].shape != own.shape
+        ]
+        if wrong:
+            raise ValueError(
+                f'LaViT: these are weights of another LaViT: {len(wrong)} '
+                f'shapes differ, {"; ".join(wrong[:3])}. Check arch, '
+                'in_channels, pretrain_img_size and max_query_grid')
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def init_module(module: nn.Module) -> None:
+    """Linear, convolution and norm weights as PVT and Swin begin with them."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = module.weight[0, 0].numel() * module.out_channels
+        nn.init.normal_(module.weight, 0,
+                        math.sqrt(2 * module.groups / fan_out))
+    elif isinstance(module, (nn.LayerNorm, _BatchNorm, nn.GroupNorm)):
+        nn.init.ones_(module.weight)
+    if getattr(module, 'bias', None) is not None:
+        nn.init.zeros_(module.bias)
+
+
+def resolve_arch(arch: Union[str, dict], num_va_layers: Optional[Sequence[int]],
+                 sr_ratios: Sequence[int]) -> dict:
+    """The arch as a complete, checked dict of tuples, one value a stage."""
+    if isinstance(arch, str):
+        _require(arch in ARCHS, 'arch', arch,
+                 f'one of {tuple(ARCHS)}, or a dict')
+        arch = ARCHS[arch]
+    if not isinstance(arch, dict):
+        raise TypeError(f'LaViT: arch={arch!r}: expected one of '
+                        f'{tuple(ARCHS)}, or a dict')
+    keys = {*ARCHS['tiny'], *ARCH_DEFAULTS}
+    missing = sorted(ARCHS['tiny'].keys() - arch.keys())
+    unknown = sorted(arch.keys() - keys)
+    _require(not missing and not unknown, 'arch', arch,
+             f'a dict with the keys {sorted(keys)}; missing: {missing}, '
+             f'unknown: {unknown}')
+    num_stages = len(_require_ints('depths', arch['depths'], 1))
+    defaults = {k: values[:num_stages] for k, values in ARCH_DEFAULTS.items()}
+    arch = {**defaults, **arch}
+    if num_va_layers is not None:
+        arch['num_va_layers'] = num_va_layers
+
+    for key, values in {**arch, 'sr_ratios': sr_ratios}.items():
+        least = 0 if key == 'num_va_layers' else 1
+        if key == 'mlp_ratios':
+            _require(
+                isinstance(values, (list, tuple))
+                and all(isinstance(v, (int, float)) and v > 0 for v in values),
+                key, values, 'a sequence of positive numbers')
+        else:
+            values = _require_ints(key, values, least)
+        _require(
+            len(values) == num_stages, key, values,
+            f'one value for each of the {num_stages} stages that '
+            f'depths={arch["depths"]} has')
+        if key in arch:
+            arch[key] = tuple(values)
+
+    for i, (dims, heads) in enumerate(
+            zip(arch['embed_dims'], arch['num_heads'])):
+        _require(dims % heads == 0, 'num_heads', arch['num_heads'],
+                 f'numbers that divide embed_dims={arch["embed_dims"]}; '
+                 f'{heads} does not divide {dims}')
+    _require(all(size % 2 for size in arch['patch_sizes']), 'patch_sizes',
+             arch['patch_sizes'], 'odd numbers')
+    for i, (va, depth) in enumerate(
+            zip(arch['num_va_layers'], arch['depths'])):
+        _require(va <= depth, 'num_va_layers', arch['num_va_layers'],
+                 f'at most depths={arch["depths"]} in every stage')
+    _require(arch['num_va_layers'][0] > 0, 'num_va_layers',
+             arch['num_va_layers'],
+             'at least 1 in the first stage, which has no scores to inherit')
+    return arch
+
+
+def _require(ok: bool, name: str, value, expected: str) -> None:
+    if not ok:
+        raise ValueError(f'LaViT: {name}={value!r}: expected {expected}')
+
+
+def _require_int(name: str,
+                 value: int,
+                 least: int,
+                 most: Optional[int] = None) -> None:
+    expected = f'an integer of at least {least}' + (
+        '' if most is None else f' and at most {most}')
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f'LaViT: {name}={value!r}: expected {expected}')
+    _require(value >= least and (most is None or value <= most), name, value,
+             expected)
+
+
+def _require_ints(name: str,
+                  values: Sequence[int],
+                  least: int,
+                  most: Optional[int] = None) -> Tuple[int, ...]:
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(
+            f'LaViT: {name}={values!r}: expected a sequence of integers')
+    for value in values:
+        _require_int(name, value, least, most)
+    return tuple(values)

@@ -1,0 +1,97 @@
+"""Import, its messages, and the safe loading of checkpoints."""
+import subprocess
+import sys
+
+import pytest
+import torch
+from mmengine.logging import HistoryBuffer
+
+
+def run(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, '-c', code],
+                          capture_output=True,
+                          text=True,
+                          timeout=300)
+
+
+HIDE = '''
+import sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {names!r}:
+            raise ModuleNotFoundError('No module named ' + repr(name))
+sys.meta_path.insert(0, Hide())
+'''
+
+
+@pytest.mark.parametrize('present', ['mmdet', 'mmseg', 'mmpretrain'])
+def test_one_toolbox_is_enough(present):
+    """With only one of the toolboxes there, it builds LaViT."""
+    hidden = {'mmdet', 'mmseg', 'mmpretrain'} - {present}
+    result = run(
+        HIDE.format(names=hidden) + f'''
+import mmlavit
+from {present}.registry import MODELS
+assert not {hidden!r} & set(sys.modules)
+print(type(MODELS.build(dict(type='LaViT', arch='tiny'))).__name__)
+''')
+    assert result.stdout.strip().endswith('LaViT'), result.stderr
+
+
+@pytest.mark.parametrize('name', ['torch', 'mmengine', 'mmcv'])
+def test_missing_library_is_named_with_what_to_install(name):
+    result = run(HIDE.format(names={name}) + 'import mmlavit')
+    assert result.returncode != 0
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith(f'ImportError: mmlavit needs {name} >= ')
+    assert f'{name}==' in message and 'tools/setup_env.sh' in message
+
+
+@pytest.mark.parametrize('name', ['torch', 'mmengine', 'mmcv'])
+def test_old_library_is_named(name):
+    result = run(f"import {name}; {name}.__version__ = '0.4.1'; import mmlavit")
+    message = result.stderr.strip().splitlines()[-1]
+    assert f'mmlavit needs {name} >= ' in message and '0.4.1' in message
+
+
+def test_mmcv_without_ops_is_named_but_classifiers_work():
+    result = run('''
+import sys
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name == 'mmcv._ext':
+            raise ImportError('undefined symbol: _ZN3c10')
+sys.meta_path.insert(0, Broken())
+import mmlavit
+print(mmlavit.LaViT(arch='tiny').arch['depths'])
+''')
+    assert result.stdout.strip() == '(2, 2, 2, 2)', result.stderr
+    assert 'without usable ops' in result.stderr
+    assert 'undefined symbol' in result.stderr
+    assert '--no-build-isolation' in result.stderr
+
+
+def test_mmengine_checkpoints_load_safely(tmp_path):
+    """The types that a runner's checkpoint holds, by the safe loader."""
+    import mmlavit  # noqa: F401
+    buffer = HistoryBuffer([1., 2.], [1, 1])
+    path = tmp_path / 'epoch_1.pth'
+    torch.save(dict(message_hub=dict(log_scalars=dict(loss=buffer))), path)
+    loaded = torch.load(path, weights_only=True)
+    assert loaded['message_hub']['log_scalars']['loss'].mean() == 1.5
+
+
+class Payload:
+    """Harmless here; its pickle calls a function when it is loaded."""
+
+    def __reduce__(self):
+        return print, ('ran code',)
+
+
+def test_checkpoint_that_would_run_code_is_refused(tmp_path, capsys):
+    from mmengine.runner.checkpoint import _load_checkpoint
+    path = tmp_path / 'bad.pth'
+    torch.save(dict(state_dict={}, meta=Payload()), path)
+    with pytest.raises(Exception, match='print'):
+        _load_checkpoint(str(path), map_location='cpu')
+    assert 'ran code' not in capsys.readouterr().out

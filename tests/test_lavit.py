@@ -1,0 +1,448 @@
+"""The backbone as users build it."""
+import copy
+import importlib
+import logging
+import math
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from mmengine.analysis import get_model_complexity_info
+from mmengine.logging import MMLogger
+from mmengine.registry import MODELS
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mmlavit import LaViT
+from mmlavit.attention import LessAttention, TokenMix, VanillaAttention
+
+ARCH = dict(
+    embed_dims=(8, 16, 24, 32),
+    depths=(2, 2, 3, 2),
+    num_heads=(1, 2, 3, 4),
+    num_va_layers=(2, 1, 1, 0))
+
+
+def build(**kwargs) -> LaViT:
+    torch.manual_seed(0)
+    model = LaViT(**{**dict(arch=ARCH, pretrain_img_size=64), **kwargs})
+    model.init_weights()
+    return model
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Weights at which every path of the model matters."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def total(outs) -> torch.Tensor:
+    """A scalar in which no output element has the same weight as another."""
+    torch.manual_seed(2)
+    return sum((out * torch.randn_like(out)).sum() for out in outs)
+
+
+def gradients(model: nn.Module, x: torch.Tensor) -> dict:
+    model.zero_grad()
+    total(model(x)).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize('arch, params_m, gmacs', [('tiny', 10.9, 1.6),
+                                                   ('small', 22.4, 3.3),
+                                                   ('base', 39.6, 6.1)])
+def test_size_is_within_4_percent_of_the_published(arch, params_m, gmacs):
+    model = build(arch=arch, pretrain_img_size=224, out_indices=(3, )).eval()
+    head = nn.Linear(448, 1000)
+    params = sum(p.numel() for m in (model, head) for p in m.parameters())
+    assert params / 1e6 == pytest.approx(params_m, rel=0.04)
+    macs = get_model_complexity_info(
+        model,
+        inputs=(torch.rand(1, 3, 224, 224), ),
+        show_table=False,
+        show_arch=False)['flops'] + 448 * 1000
+    assert macs / 1e9 == pytest.approx(gmacs, rel=0.04)
+
+
+def test_attention_products_are_counted():
+    """By hand for one VA layer: projections, reduction, products, FFN."""
+    model = build(
+        arch=dict(
+            embed_dims=(8, ), depths=(1, ), num_heads=(2, ),
+            num_va_layers=(1, ), strides=(4, ), mlp_ratios=(2, ),
+            patch_sizes=(7, )),
+        sr_ratios=(2, ),
+        out_indices=(0, ))
+    n, m, c = 64, 16, 8  # 32 x 32 pixels
+    expected = (
+        n * c * 3 * 49  # patch embedding
+        + n * c * c + m * c * 2 * c  # q, kv
+        + m * c * c * 4  # spatial reduction
+        + n * m * c * 2  # Q K^T and A V
+        + n * c * c  # output projection
+        + 2 * n * c * 2 * c + n * 2 * c * 9)  # FFN with its convolution
+    macs = get_model_complexity_info(
+        model,
+        inputs=(torch.rand(1, 3, 32, 32), ),
+        show_table=False,
+        show_arch=False)['flops']
+    # mmengine counts 5 operations for each normalised element.
+    norms = 5 * (4 * n + m) * c
+    assert macs == expected + norms
+
+
+@pytest.mark.parametrize('size', [(64, 64), (128, 96), (37, 61), (32, 200),
+                                  (33, 33), (20, 7)])
+@pytest.mark.parametrize('path', ['auto', 'factored'])
+def test_paths_agree_in_values_and_gradients(path, size):
+    """At base size, larger, non-square, odd and smaller than one key."""
+    x = torch.randn(2, 3, *size, dtype=torch.double, requires_grad=True)
+    reference = randomise(build(score_path='materialised')).double()
+    model = build(score_path=path).double()
+    model.load_state_dict(reference.state_dict())
+    outs, expected = model(x), reference(x)
+    for out, other, stride in zip(outs, expected, (4, 8, 16, 32)):
+        assert out.shape[2:] == tuple(math.ceil(s / stride) for s in size)
+        torch.testing.assert_close(out, other, rtol=1e-10, atol=1e-10)
+    actual, wanted = gradients(model, x), gradients(reference, x)
+    for name, grad in wanted.items():
+        scale = max(grad.abs().max().item(), 1e-6)
+        assert (actual[name] - grad).abs().max().item() / scale < 1e-10, name
+
+
+def test_paths_agree_where_scores_are_too_many_to_build(monkeypatch):
+    monkeypatch.setattr('mmlavit.attention.MAX_BUILT_SCORES', 0)
+    test_paths_agree_in_values_and_gradients('auto', (37, 61))
+
+
+def test_scores_inherited_through_two_less_attention_stages():
+    arch = {**ARCH, 'num_va_layers': (2, 0, 0, 0)}
+    x = torch.randn(1, 3, 48, 80, dtype=torch.double)
+    reference = randomise(build(arch=arch, score_path='materialised')).double()
+    model = build(arch=arch, score_path='factored').double()
+    model.load_state_dict(reference.state_dict())
+    for out, other in zip(model(x), reference(x)):
+        torch.testing.assert_close(out, other, rtol=1e-10, atol=1e-10)
+
+
+def test_maps_of_an_image_do_not_depend_on_its_batch():
+    model = randomise(build()).double().eval()
+    x = torch.randn(3, 3, 70, 45, dtype=torch.double)
+    for whole, alone in zip(model(x), model(x[1:2])):
+        torch.testing.assert_close(whole[1:2], alone)
+
+
+def test_size_may_change_from_image_to_image():
+    model = randomise(build()).double().eval()
+    first = torch.randn(1, 3, 64, 64, dtype=torch.double)
+    before = model(first)
+    model(torch.randn(1, 3, 96, 41, dtype=torch.double))
+    for out, again in zip(before, model(first)):
+        assert torch.equal(out, again)
+
+
+@pytest.mark.parametrize('memory_format',
+                         [torch.contiguous_format, torch.channels_last])
+def test_maps_are_laid_out_as_the_input(memory_format):
+    model = randomise(build()).double()
+    x = torch.randn(2, 3, 64, 96, dtype=torch.double)
+    expected = model(x)
+    for out, other in zip(
+            model(x.contiguous(memory_format=memory_format)), expected):
+        assert out.is_contiguous(memory_format=memory_format)
+        torch.testing.assert_close(out, other)
+
+
+def test_checkpointing_changes_nothing_but_memory():
+    x = torch.randn(2, 3, 64, 64, dtype=torch.double, requires_grad=True)
+    model = randomise(build()).double()
+    saved = randomise(build(with_cp=True)).double()
+    expected = gradients(model, x)
+    for name, grad in gradients(saved, x).items():
+        torch.testing.assert_close(grad, expected[name])
+
+    def activations(model):
+        count = 0
+
+        def pack(tensor):
+            nonlocal count
+            count += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            total(model(x))
+        return count
+
+    assert activations(saved) < activations(model) / 2
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('path', ['auto', 'factored', 'materialised'])
+def test_autocast_is_close_to_float32(dtype, path):
+    model = build(score_path=path)
+    nn.init.normal_(model.stages[2].blocks[1].attn.psi.weight, std=0.1)
+    x = torch.randn(2, 3, 64, 96)
+    expected = model(x)
+    with torch.autocast('cpu', dtype):
+        outs = model(x)
+        total(outs).backward()
+    for out, other in zip(outs, expected):
+        assert (out - other).abs().mean() < 0.03 * other.abs().mean()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_compiles_as_one_graph_for_changing_sizes():
+    # A layer of each kind: tracing takes most of a minute for ARCH.
+    arch = {**ARCH, 'depths': (1, 1, 2, 1), 'num_va_layers': (1, 1, 1, 0)}
+    model = randomise(build(arch=arch)).double().eval()
+    compiled = torch.compile(
+        model, backend='eager', fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for size in ((64, 64), (96, 80), (70, 45)):
+            x = torch.randn(1, 3, *size, dtype=torch.double)
+            for out, other in zip(compiled(x), model(x)):
+                torch.testing.assert_close(out, other)
+
+
+@pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (3, ), (1, 2), (0, )])
+@pytest.mark.parametrize('attn_residual', [True, False])
+def test_every_parameter_gets_a_gradient(out_indices, attn_residual):
+    model = randomise(
+        build(out_indices=out_indices, attn_residual=attn_residual))
+    norms = {f'norm{i}' for i in out_indices}
+    assert norms == {n for n, _ in model.named_children() if 'norm' in n}
+    assert len(model.stages) == out_indices[-1] + 1
+    grads = gradients(model, torch.randn(2, 3, 96, 64))
+    for name, grad in grads.items():
+        assert grad.isfinite().all(), name
+        assert grad.abs().max() > 0, name
+
+
+def test_residual_is_optional_and_the_twin_has_no_less_attention():
+    model = build(num_va_layers=ARCH['depths'], attn_residual=False)
+    kinds = {type(m) for m in model.modules()}
+    assert VanillaAttention in kinds
+    assert not kinds & {LessAttention, TokenMix}
+    assert all(stage.downsample is None for stage in model.stages)
+
+    with_residual = build(num_va_layers=ARCH['depths'])
+    inherits = [s.downsample is not None for s in with_residual.stages]
+    assert inherits == [False, True, True, True]
+    # Without it only the stage that has nothing else inherits.
+    inherits = [s.downsample is not None
+                for s in build(attn_residual=False).stages]
+    assert inherits == [False, False, False, True]
+
+
+def test_layers_are_vanilla_first_then_less():
+    model = build()
+    for stage, vanilla in zip(model.stages, ARCH['num_va_layers']):
+        kinds = [type(block.attn) for block in stage.blocks]
+        less = len(kinds) - vanilla
+        assert kinds == [VanillaAttention] * vanilla + [LessAttention] * less
+
+
+def test_initial_weights():
+    model = build(arch='tiny', pretrain_img_size=224, drop_path_rate=0.3)
+    block = model.stages[2].blocks[1]
+    assert block.ffn.fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    # By fan-out: 3 x 3 x 1280 outputs in 1280 groups.
+    assert block.ffn.dwconv.weight.std().item() == pytest.approx(
+        math.sqrt(2 / 9), rel=0.05)
+    assert block.ffn.fc1.bias.abs().max() == 0
+    assert block.attn.psi.weight.shape == (14**2, 14**2)
+    assert block.attn.theta.weight.shape == (7**2, 7**2)
+    assert block.attn.psi.weight.abs().max() == 0
+    rates = [getattr(b.drop_path, 'drop_prob', 0.)
+             for stage in model.stages for b in stage.blocks]
+    torch.testing.assert_close(
+        torch.tensor(rates), torch.linspace(0, 0.3, 8))
+
+
+def test_max_query_grid_bounds_psi():
+    def side(**kwargs):
+        model = build(num_va_layers=(1, 1, 1, 0), **kwargs)
+        return [s.blocks[-1].attn.psi.base_grid[0] for s in model.stages]
+
+    assert side() == [14, 8, 4, 2]
+    assert side(max_query_grid=3) == [3, 3, 3, 2]
+
+
+@pytest.mark.parametrize('frozen', [-1, 0, 2])
+def test_frozen_stages_stay(frozen):
+    model = build(frozen_stages=frozen, drop_rate=0.2)
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    # Large enough a decay that everything in the optimizer moves.
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], 0.1)
+    total(model(torch.randn(2, 3, 64, 64))).backward()
+    optimizer.step()
+    for name, value in model.state_dict().items():
+        parts = name.split('.')
+        stage = int(parts[1] if parts[0] == 'stages' else parts[0][-1])
+        assert torch.equal(value, before[name]) == (stage <= frozen), name
+    for i, stage in enumerate(model.stages):
+        assert stage.blocks[-1].training == (i > frozen)
+
+
+@pytest.mark.parametrize('norm_eval', [True, False])
+def test_batch_norm_and_norm_eval(norm_eval):
+    model = build(norm_cfg=dict(type='BN'), norm_eval=norm_eval).train()
+    before = copy.deepcopy(model.state_dict())
+    model(torch.randn(2, 3, 64, 64))
+    for name, value in model.state_dict().items():
+        if 'running' in name:
+            assert torch.equal(value, before[name]) == norm_eval, name
+
+
+def test_group_norm_acts_on_channels():
+    model = randomise(build(norm_cfg=dict(type='GN', num_groups=4))).double()
+    out = model(torch.randn(2, 3, 64, 96, dtype=torch.double))[2]
+    norm = model.norm2
+    normalised = (out - norm.bias[:, None, None]) / norm.weight[:, None, None]
+    groups = normalised.unflatten(1, (4, -1)).flatten(2)
+    torch.testing.assert_close(groups.mean(2), torch.zeros_like(groups[..., 0]))
+
+
+@pytest.mark.parametrize('scope', ['mmdet', 'mmseg', 'mmpretrain'])
+def test_is_registered_once_for_all_toolboxes(scope):
+    registry = importlib.import_module(f'{scope}.registry').MODELS
+    assert registry.get('LaViT') is LaViT
+    assert 'LaViT' not in registry.module_dict
+    assert MODELS.get('LaViT') is LaViT
+
+
+BAD = [
+    (dict(arch='huge'), ValueError, "arch='huge'", "'tiny'"),
+    (dict(arch=3), TypeError, 'arch=3', "'tiny'"),
+    (dict(arch=dict(depths=(1, ))), ValueError, 'arch=', 'embed_dims'),
+    (dict(arch={**ARCH, 'depth': 3}), ValueError, 'arch=', "'depth'"),
+    (dict(arch={**ARCH, 'num_heads': (3, 2, 3, 4)}), ValueError,
+     'num_heads=(3, 2, 3, 4)', '3 does not divide 8'),
+    (dict(arch={**ARCH, 'depths': (2, 2, 2)}), ValueError, 'embed_dims=',
+     '3 stages'),
+    (dict(arch={**ARCH, 'patch_sizes': (4, 3, 3, 3)}), ValueError,
+     'patch_sizes=(4, 3, 3, 3)', 'odd'),
+    (dict(num_va_layers=(2, 2, 4, 0)), ValueError,
+     'num_va_layers=(2, 2, 4, 0)', 'depths=(2, 2, 3, 2)'),
+    (dict(num_va_layers=(0, 1, 1, 0)), ValueError,
+     'num_va_layers=(0, 1, 1, 0)', 'first stage'),
+    (dict(num_va_layers=2), TypeError, 'num_va_layers=2', 'sequence'),
+    (dict(sr_ratios=(8, 4, 2)), ValueError, 'sr_ratios=(8, 4, 2)', '4 stages'),
+    (dict(sr_ratios=(8, 4, 2, 2)), ValueError, 'sr_ratios=(8, 4, 2, 2)',
+     'stage 3 inherits'),
+    (dict(sr_ratios=(8, 4, 2, 0)), ValueError, 'sr_ratios=0', 'at least 1'),
+    (dict(out_indices=()), ValueError, 'out_indices=()', 'ascending'),
+    (dict(out_indices=(1, 1)), ValueError, 'out_indices=(1, 1)', 'once'),
+    (dict(out_indices=(0, 4)), ValueError, 'out_indices=4', 'at most 3'),
+    (dict(out_indices=(-1, )), ValueError, 'out_indices=-1', 'at least 0'),
+    (dict(out_indices=3), TypeError, 'out_indices=3', 'sequence'),
+    (dict(frozen_stages=4), ValueError, 'frozen_stages=4', 'at most 3'),
+    (dict(in_channels=0), ValueError, 'in_channels=0', 'at least 1'),
+    (dict(in_channels='3'), TypeError, "in_channels='3'", 'integer'),
+    (dict(max_query_grid=0), ValueError, 'max_query_grid=0', 'at least 1'),
+    (dict(drop_path_rate=1.), ValueError, 'drop_path_rate=1.0', 'below 1'),
+    (dict(score_path='fast'), ValueError, "score_path='fast'", "'factored'"),
+]
+
+
+@pytest.mark.parametrize('kwargs, error, argument, remedy', BAD)
+def test_bad_arguments_are_named(kwargs, error, argument, remedy):
+    with pytest.raises(error) as info:
+        build(**kwargs)
+    assert argument in str(info.value)
+    assert remedy in str(info.value)
+
+
+def test_wrong_channels_are_named():
+    with pytest.raises(ValueError, match=r'\(1, 4, 64, 64\).*in_channels=3'):
+        build()(torch.randn(1, 4, 64, 64))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A classifier's checkpoint, the backbone under its prefix."""
+    model = randomise(build(out_indices=(3, )))
+    path = tmp_path / 'classifier.pth'
+    state = {f'backbone.{k}': v for k, v in model.state_dict().items()}
+    torch.save(dict(state_dict={**state, 'head.fc.weight': torch.ones(1)}), path)
+    return path, model
+
+
+def pretrained(path, **kwargs) -> LaViT:
+    return build(
+        init_cfg=dict(
+            type='Pretrained', checkpoint=str(path), prefix='backbone.'),
+        **kwargs)
+
+
+@pytest.fixture
+def warnings_logged():
+    """What mmengine's logger says at level WARNING and above."""
+    messages = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
+
+
+def test_pretrained_weights_load_and_missing_keys_are_reported(
+        checkpoint, warnings_logged):
+    path, source = checkpoint
+    model = pretrained(path)
+    for name, value in source.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    report = ''.join(warnings_logged)
+    assert 'missing keys' in report and 'norm0.weight' in report
+
+
+def test_unexpected_keys_are_reported(checkpoint, warnings_logged):
+    pretrained(checkpoint[0], num_va_layers=(2, 2, 1, 0))
+    report = ''.join(warnings_logged)
+    assert 'unexpected key' in report
+    assert 'stages.1.blocks.1.attn.theta.weight' in report
+    assert 'stages.1.blocks.1.attn.kv.weight' in report  # missing
+
+
+def test_weights_of_another_architecture_are_refused(checkpoint):
+    with pytest.raises(ValueError) as info:
+        pretrained(checkpoint[0], arch='tiny')
+    assert 'stages.0.patch_embed.conv.weight is (8, 3, 7, 7) in the ' \
+        'checkpoint, (64, 3, 7, 7) here' in str(info.value)
+
+
+def test_missing_checkpoint_says_how_to_train_without():
+    with pytest.raises(FileNotFoundError, match='init_cfg=None'):
+        pretrained('no/such/file.pth')
+
+
+def ddp_worker(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        'gloo', f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
+    model = randomise(build(with_cp=rank >= 0)).double()
+    ddp = DistributedDataParallel(model)
+    x = torch.load(f'{folder}/x.pt')
+    # Twice: DDP reports unused parameters at the second pass.
+    for _ in range(2):
+        model.zero_grad()
+        sum(out.square().mean() for out in ddp(x[rank::2])).backward()
+    if rank == 0:
+        torch.save([p.grad for p in model.parameters()], f'{folder}/grads.pt')
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_gradients_of_one(tmp_path, free_port):
+    x = torch.randn(4, 3, 64, 96, dtype=torch.double)
+    torch.save(x, tmp_path / 'x.pt')
+    mp.spawn(ddp_worker, (free_port, str(tmp_path)), nprocs=2)
+    model = randomise(build()).double()
+    sum(out.square().mean() for out in model(x)).backward()
+    for p, grad in zip(model.parameters(), torch.load(tmp_path / 'grads.pt')):
+        torch.testing.assert_close(grad, p.grad, rtol=1e-9, atol=1e-12)

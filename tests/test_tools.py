@@ -1,0 +1,202 @@
+"""The command-line tools, run as users run them."""
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+
+from mmlavit import launch
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command, check=True, **env) -> str:
+    result = subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300)
+    assert not check or result.returncode == 0, result.stdout[-4000:]
+    return result.stdout
+
+
+@pytest.fixture(scope='session')
+def digits(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp('data') / 'digits'
+    run(sys.executable, 'tools/make_digits.py', out, '--train', '8', '--val',
+        '4')
+    return out
+
+
+def test_digits_boxes_and_masks_agree(digits):
+    for split in ('train', 'val'):
+        data = json.loads((digits / f'annotations/{split}.json').read_text())
+        boxes = {image['id']: [] for image in data['images']}
+        for annotation in data['annotations']:
+            boxes[annotation['image_id']].append(annotation)
+        for image in data['images']:
+            mask = cv2.imread(
+                str(digits / 'masks' / split / image['file_name']), -1)
+            outside = mask > 0
+            for annotation in boxes[image['id']]:
+                x, y, w, h = annotation['bbox']
+                assert 0 <= x < x + w <= 160 and 0 <= y < y + h <= 160
+                inside = mask[y:y + h, x:x + w] == annotation['category_id'] + 1
+                assert inside.mean() > 0.1
+                outside[y:y + h, x:x + w] = False
+            assert not outside.any()
+        for label in range(10):
+            assert any((digits / 'classes' / split / str(label)).iterdir())
+
+
+def test_digits_of_the_validation_set_are_held_out():
+    script = runpy.run_path(str(ROOT / 'tools/make_digits.py'))
+    scans = script['split_digits'](np.random.default_rng(0))
+    train, val = ({scan.tobytes() for scan in scans[split][0]}
+                  for split in ('train', 'val'))
+    assert len(train) + len(val) == 1797
+    assert not train & val
+    assert set(scans['val'][1]) == set(range(10))
+
+
+def test_digits_are_reproducible_and_nothing_else_is_overwritten(
+        digits, tmp_path):
+    args = ('tools/make_digits.py', '--train', '8', '--val', '4')
+    again = tmp_path / 'again'
+    run(sys.executable, *args, again)
+    for name in ('images/train/00007.png', 'masks/val/00003.png',
+                 'annotations/val.json'):
+        assert (again / name).read_bytes() == (digits / name).read_bytes()
+    assert 'already there' in run(sys.executable, *args, again)
+
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine/file').write_text('x')
+    assert 'name another folder' in run(
+        sys.executable, *args, tmp_path / 'mine', check=False)
+    assert (tmp_path / 'mine/file').read_text() == 'x'
+
+
+@pytest.mark.parametrize('argv, expected', [
+    (['c.py', '--amp'], ['c.py', '--amp']),
+    (['c.py', '--resume'], ['c.py', '--resume']),
+    (['c.py', '--resume', 'a.pth'],
+     ['c.py', '--resume', '--cfg-options', 'load_from=a.pth']),
+    (['c.py', '--auto-scale-lr', '--cfg-options', 'a=1', 'b=2'],
+     ['c.py', '--cfg-options', 'auto_scale_lr.enable=True', 'a=1', 'b=2']),
+])
+def test_arguments_that_mmseg_lacks_are_translated(argv, expected):
+    assert launch.translate_for_mmseg(argv) == expected
+
+
+@pytest.mark.parametrize('scope', launch.SCOPES)
+@pytest.mark.parametrize('task', ['train', 'test'])
+def test_the_toolboxes_scripts_know_the_common_arguments(scope, task):
+    script = launch.find_script(scope, task).read_text()
+    known = set(re.findall(r"'(--[\w-]+)'", script))
+    common = {'--work-dir', '--cfg-options', '--launcher', '--local_rank',
+              '--local-rank'}
+    if task == 'train':
+        common |= {'--amp', '--resume'}
+        if scope != 'mmseg':
+            common.add('--auto-scale-lr')
+    assert common <= known
+
+
+def test_wrong_configs_are_named(tmp_path):
+    config = tmp_path / 'c.py'
+    config.write_text("default_scope = 'mmpose'")
+    report = run(sys.executable, 'tools/train.py', config, check=False)
+    assert "default_scope='mmpose'" in report and "'mmdet'" in report
+    report = run(sys.executable, 'tools/test.py', check=False)
+    assert 'usage' in report and 'CHECKPOINT' in report
+
+
+@pytest.mark.parametrize('tool', [
+    'dist_train.sh', 'dist_test.sh', 'slurm_train.sh', 'slurm_test.sh'
+])
+def test_shell_tools_say_how_they_are_used(tool):
+    assert f'usage: bash tools/{tool}' in run(
+        'bash', f'tools/{tool}', check=False)
+
+
+def test_slurm_passes_everything_on(tmp_path):
+    fake = tmp_path / 'srun'
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    fake.chmod(0o755)
+    path = f'{tmp_path}:{os.environ["PATH"]}'
+    words = run('bash', 'tools/slurm_train.sh', 'part', 'job', 'c.py', 'dir',
+                '--cfg-options', 'a=b c', PATH=path, GPUS='16').splitlines()
+    assert words[:3] == ['-p', 'part', '--job-name=job']
+    assert {'--ntasks=16', '--ntasks-per-node=8', '--work-dir=dir',
+            'a=b c'} <= set(words)
+    assert words[-2:] == ['--launcher', 'slurm']
+    words = run('bash', 'tools/slurm_test.sh', 'part', 'job', 'c.py', 'x.pth',
+                PATH=path).splitlines()
+    assert 'x.pth' in words and words[-2:] == ['--launcher', 'slurm']
+
+
+def test_two_cpu_processes_train_resume_and_test(digits, tmp_path, free_port):
+    """The whole chain over gloo, from the COCO config's child."""
+    config = Config.fromfile(ROOT / 'configs/retinanet_lavit_digits.py')
+    work_dir, port = tmp_path / 'work', dict(PORT=str(free_port))
+    options = ['--cfg-options', 'train_cfg.val_interval=1',
+               'train_dataloader.batch_size=2']
+    for key in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        options += [f'{key}.dataset.data_root={digits}/',
+                    f'{key}.num_workers=0', f'{key}.persistent_workers=False']
+    for key in ('val_evaluator', 'test_evaluator'):
+        options.append(f'{key}.ann_file={digits}/annotations/val.json')
+    assert config.train_cfg.max_epochs > 2
+
+    train = ['bash', 'tools/dist_train.sh',
+             'configs/retinanet_lavit_digits.py', '2', '--work-dir', work_dir]
+    log = run(*train, *options, 'train_cfg.max_epochs=1', **port)
+    assert 'Distributed launcher: pytorch' in log
+    assert 'GPU number: 2' in log
+    log = run(*train, '--resume', *options, 'train_cfg.max_epochs=2', **port)
+    assert 'resumed epoch: 1, iter: 2' in log
+    assert (work_dir / 'epoch_2.pth').is_file()
+
+    # The stock tool, unchanged, gets the same result from the checkpoint.
+    results = []
+    checkpoint = work_dir / 'epoch_2.pth'
+    stock = launch.find_script('mmdet', 'test')
+    for i, command in enumerate((
+        ['bash', 'tools/dist_test.sh', config.filename, checkpoint, '2'],
+        [sys.executable, stock, config.filename, checkpoint])):
+        out = tmp_path / f'test{i}'
+        run(*command, '--work-dir', out, *options, **port)
+        metrics = json.loads(next(out.glob('2*/2*.json')).read_text())
+        results.append({k: v for k, v in metrics.items() if 'mAP' in k})
+    assert results[0] == results[1]
+    state = torch.load(checkpoint, weights_only=True)['state_dict']
+    assert all(value.isfinite().all() for value in state.values())
+
+
+def test_wheel_ships_configs_and_tools_for_mim(tmp_path):
+    source = tmp_path / 'source'
+    shutil.copytree(
+        ROOT, source, ignore=shutil.ignore_patterns('.venv*', '.git', 'data',
+                                                    'work_dirs', '.mim'))
+    run(sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps',
+        '--no-build-isolation', '-w', tmp_path, source)
+    wheel = next(tmp_path.glob('mmlavit-*.whl'))
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f'mmlavit/.mim/configs/{path.name}'
+            for path in (ROOT / 'configs').glob('*.py')} <= names
+    assert {'mmlavit/.mim/tools/train.py', 'mmlavit/.mim/model-index.yml',
+            'mmlavit/lavit.py'} <= names
+    assert not [name for name in names if name.startswith(('tests', 'tools'))]

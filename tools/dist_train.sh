@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Trains on several GPUs, or on as many CPU processes where there is no GPU.
+#
+#   bash tools/dist_train.sh CONFIG GPUS [ARGUMENTS OF tools/train.py]
+#
+# Several nodes: NNODES, NODE_RANK, MASTER_ADDR and PORT as in the toolboxes.
+set -euo pipefail
+source "$(dirname "$0")/dist_common.sh"
+
+[ $# -ge 2 ] || { echo "usage: bash tools/dist_train.sh CONFIG GPUS [ARGUMENTS]" >&2; exit 2; }
+launch train.py "$2" "$1" "${@:3}"

@@ -1,0 +1,121 @@
+#!/usr/bin/env bash
+# Makes .venv with the pinned stack and mmlavit in it. Safe to run again: what
+# is done is skipped, what was cut off goes on.
+#
+#   bash tools/setup_env.sh
+#   PYTHON=python3.12 bash tools/setup_env.sh     another interpreter
+#   MMCV_CUDA_OPS=0 bash tools/setup_env.sh       CPU ops although a GPU is there
+#
+# tools/demo.sh and tools/test.sh source this file and then run in .venv.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+VENV=.venv
+STAMP=$VENV/.mmlavit-setup
+PYTHON=${PYTHON:-python3}
+
+say() { printf '[setup %s] %s\n' "$(date +%H:%M:%S)" "$*"; }
+die() { printf '\n[setup] ERROR: %s\n' "$*" >&2; exit 1; }
+
+STEP='the start'
+step() { STEP=$1; say "$1"; }
+on_error() {
+    printf '\n[setup] FAILED at: %s\n' "$STEP" >&2
+    printf '[setup] Mend what the lines above name and run the same command again: it goes on from here.\n' >&2
+    printf '[setup] To start over, remove %s first.\n' "$VENV" >&2
+}
+
+pip_install() { "$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off -c requirements/constraints.txt "$@"; }
+
+# A GPU alone is not enough: compiling CUDA ops takes an nvcc of torch's CUDA version.
+want_cuda_ops() {
+    [ "${MMCV_CUDA_OPS:-1}" = 1 ] && command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 || return 1
+    command -v nvcc >/dev/null || {
+        say 'A GPU but no nvcc: building mmcv with CPU ops. NMS and RoI ops will not run on the GPU.'
+        say 'Install the CUDA toolkit, then: rm -r .venv && bash tools/setup_env.sh'
+        return 1
+    }
+}
+
+# mmcv installs "successfully" without its ops, and pip may serve a cached wheel
+# built for another torch or without CUDA. Only running an op tells.
+check_mmcv_ops() {
+    "$VENV/bin/python" - "$1" <<'PY'
+import sys
+import torch
+from mmcv.ops import nms
+boxes = torch.tensor([[0., 0., 4., 4.], [0., 0., 4., 3.9], [5., 5., 9., 9.]])
+scores = torch.tensor([.9, .8, .7])
+for device in ['cpu'] + ['cuda'] * (sys.argv[1] == 'cuda'):
+    keep = nms(boxes.to(device), scores.to(device), 0.5)[1]
+    assert keep.tolist() == [0, 2], (device, keep)
+PY
+}
+
+# pip shows nothing of a ten-minute compilation; ninja's counter does.
+show_build() {
+    tee "$VENV/mmcv-build.log" | sed -unE \
+        -e 's|^ *(\[[0-9]*0/[0-9]+\]) .*|    compiled \1 files|p' \
+        -e 's|^ *(Using cached .*)|    \1|p' -e 's|^ *(Successfully installed .*)|    \1|p'
+}
+
+install_mmcv() {  # $1: cpu | cuda, the rest: pip's options
+    local ops=$1; shift
+    FORCE_CUDA=$([ "$ops" = cuda ] && echo 1 || echo 0) MMCV_WITH_OPS=1 \
+        pip_install -v --no-build-isolation --no-deps "$@" mmcv 2>&1 | show_build \
+        || { tail -n 40 "$VENV/mmcv-build.log" >&2; return 1; }
+}
+
+# In a function, so that the shell has read it whole before anything changes.
+setup_env() {
+    trap on_error ERR
+    set -E
+
+    command -v "$PYTHON" >/dev/null || die "$PYTHON is not there. Install Python 3.10, 3.11 or 3.12, or name one: PYTHON=/path/to/python3.11 bash tools/setup_env.sh"
+    "$PYTHON" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
+        || die "$("$PYTHON" --version 2>&1) found, but the pinned stack needs Python 3.10, 3.11 or 3.12. Name one: PYTHON=/path/to/python3.11 bash tools/setup_env.sh"
+
+    local ops=cpu wanted
+    if want_cuda_ops; then ops=cuda; fi
+    wanted="$(cat requirements/*.txt setup.py tools/setup_env.sh | cksum) $ops $PWD"
+    if [ "$(cat "$STAMP" 2>/dev/null)" = "$wanted" ]; then
+        say "$VENV is up to date."
+        trap - ERR; set +E
+        return
+    fi
+
+    say "Setting up $VENV: about 15 minutes on 2 cores the first time, most of it for compiling mmcv's ops."
+    step "1/5 virtual environment ($("$PYTHON" --version 2>&1))"
+    [ -x "$VENV/bin/python" ] && "$VENV/bin/python" -m pip --version >/dev/null 2>&1 \
+        || "$PYTHON" -m venv --clear "$VENV" \
+        || die "$PYTHON cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv"
+
+    step '2/5 torch, mmdetection, mmsegmentation, mmpretrain (1 to 5 minutes, 3 GB to download)'
+    pip_install -r requirements/build.txt
+    pip_install -r requirements/stack.txt -r requirements/tools.txt -r requirements/tests.txt
+    # opencv-python needs libGL, which servers and containers often lack.
+    "$VENV/bin/python" -c 'import cv2' 2>/dev/null || {
+        say 'cv2 does not import here (no libGL?): taking the headless build.'
+        pip_install --force-reinstall --no-deps opencv-python-headless
+    }
+
+    step "3/5 mmcv with $ops ops (about 10 minutes on 2 cores; seconds if pip has the wheel cached)"
+    install_mmcv "$ops"
+
+    step '4/5 checking that mmcv.ops runs'
+    check_mmcv_ops "$ops" || {
+        say 'That mmcv has no usable ops: compiling it anew, without the cache.'
+        install_mmcv "$ops" --no-cache-dir --force-reinstall
+        check_mmcv_ops "$ops"
+    }
+
+    step '5/5 mmlavit'
+    pip_install --no-build-isolation --no-deps -e .
+    "$VENV/bin/python" -c 'import mmlavit, mmdet, mmseg, mmpretrain; print("    mmlavit", mmlavit.__version__)'
+
+    echo "$wanted" > "$STAMP"
+    say 'Done.'
+    trap - ERR; set +E
+}
+
+setup_env

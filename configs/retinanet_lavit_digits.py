@@ -8,17 +8,17 @@ data. Everything that is not named here is as in the COCO config.
 _base_ = './retinanet_lavit_t_coco.py'
 
 image_size = (160, 160)
-num_epochs = 9
+num_epochs = 6
 
 model = dict(
-    data_preprocessor=dict(pad_size_divisor=32),
     backbone=dict(
         arch=dict(
             _delete_=True,
             embed_dims=(32, 64, 128, 160),
             depths=(2, 2, 2, 2),
             num_heads=(1, 2, 4, 5),
-            num_va_layers=(2, 2, 1, 0)),
+            num_va_layers=(2, 2, 1, 0),
+            mlp_ratios=(2, 2, 4, 4)),
         drop_path_rate=0.,
         init_cfg=None),
     neck=dict(
@@ -42,12 +42,7 @@ metainfo = dict(classes=tuple('0123456789'))
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True),
-    dict(
-        type='RandomResize',
-        scale=image_size,
-        ratio_range=(0.8, 1.25),
-        keep_ratio=True),
-    dict(type='RandomCrop', crop_size=image_size, allow_negative_crop=True),
+    dict(type='Resize', scale=image_size, keep_ratio=True),  # no mirrored digits
     dict(type='PackDetInputs')
 ]
 test_pipeline = [
@@ -60,7 +55,7 @@ test_pipeline = [
                    'scale_factor'))
 ]
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=4,
     num_workers=1,
     dataset=dict(
         data_root=data_root,
@@ -82,7 +77,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/val.json')
 test_evaluator = val_evaluator
 
-train_cfg = dict(max_epochs=num_epochs, val_interval=3)
+train_cfg = dict(max_epochs=num_epochs, val_interval=2)
 param_scheduler = [
     dict(
         type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=100),
@@ -94,8 +89,8 @@ param_scheduler = [
         convert_to_iter_based=True)
 ]
 optim_wrapper = dict(
-    optimizer=dict(lr=2e-3, weight_decay=0.05),
+    optimizer=dict(lr=1.5e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=10, norm_type=2))
 default_hooks = dict(
-    logger=dict(interval=25),
-    checkpoint=dict(max_keep_ckpts=1))
+    logger=dict(interval=50),
+    checkpoint=dict(max_keep_ckpts=2))

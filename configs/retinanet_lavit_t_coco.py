@@ -19,7 +19,8 @@ model = dict(
         # RetinaNet's pyramid begins at stride 8. A map that nobody reads would
         # leave its norm without gradients, which DDP refuses.
         out_indices=(1, 2, 3),
-        # Written by `tools/train.py configs/lavit_t_in1k.py`; see the README.
+        # There are no published weights. Give the path of a classifier's
+        # checkpoint, or init_cfg=None to train from scratch: see the README.
         init_cfg=dict(
             type='Pretrained',
             checkpoint='work_dirs/lavit_t_in1k/epoch_300.pth',

@@ -15,7 +15,8 @@ from typing import NamedTuple, Optional, Tuple, Union
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
-from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
+from mmengine.utils.dl_utils.parrots_wrapper import (_BatchNorm,
+                                                       _InstanceNorm)
 from torch import Tensor, nn
 
 Grid = Tuple[int, int]
@@ -46,8 +47,8 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def normalise(norm: nn.Module, x: Tensor, grid: Grid) -> Tensor:
-    """Applies any norm to tokens; batch and group norms see them as a map."""
-    if isinstance(norm, (_BatchNorm, nn.GroupNorm)):
+    """Applies a norm to tokens; all but layer norms see them as a map."""
+    if isinstance(norm, (_BatchNorm, _InstanceNorm, nn.GroupNorm)):
         return to_tokens(norm(to_map(x, grid)))
     return norm(x)
 

@@ -5,6 +5,7 @@ depends on the machine, and the OneDL forks keep the import names under other
 distribution names.
 """
 import importlib
+import pickle
 import re
 import warnings
 
@@ -54,21 +55,33 @@ def _parse(version: str) -> list:
 def allow_checkpoint_types() -> None:
     """Lets torch's safe loader (weights_only) read mmengine's checkpoints.
 
-    Beside tensors they hold the training log's buffers. Exactly these types
-    are allowed; none of them can run code.
+    Beside tensors they hold the training log's buffers, with the names of the
+    methods that summarise them. Exactly these types are allowed; none of them
+    can run code.
     """
     import numpy as np
     import torch
-    from mmengine.logging.history_buffer import HistoryBuffer
-    if not hasattr(torch.serialization, 'add_safe_globals'):
-        return  # before torch 2.4
+    from mmengine.logging import HistoryBuffer
+    if _parse(torch.__version__) < [2, 6]:
+        return  # mmengine does not meet the safe loader there
     try:
-        from numpy._core.multiarray import _reconstruct
+        from numpy._core.multiarray import _reconstruct, scalar
     except ImportError:  # numpy 1
-        from numpy.core.multiarray import _reconstruct
+        from numpy.core.multiarray import _reconstruct, scalar
+
+    def history_method(owner, name):
+        # What getattr is used for in these files, and nothing else.
+        if owner is HistoryBuffer and name in ('min', 'max', 'current',
+                                               'mean'):
+            return getattr(HistoryBuffer, name)
+        raise pickle.UnpicklingError(
+            f'refused to look up {name!r} of {owner!r} for a checkpoint')
+
     torch.serialization.add_safe_globals([
-        HistoryBuffer, np.ndarray, np.dtype, _reconstruct,
-        type(np.dtype(np.float64)), type(np.dtype(np.int64))
+        HistoryBuffer, (history_method, 'builtins.getattr'), np.ndarray,
+        np.dtype, _reconstruct, scalar,
+        type(np.dtype(np.float64)),
+        type(np.dtype(np.int64))
     ])
 
 

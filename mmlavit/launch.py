@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import List
 
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
+from mmengine.registry import MODELS
+from torch import nn
 
 PIP_NAMES = dict(mmseg='mmsegmentation')
 CONFIG_SUFFIXES = ('.py', '.yml', '.yaml', '.json')
@@ -27,32 +29,32 @@ def main(task: str) -> None:
         task (str): 'train' or 'test'.
     """
     argv = sys.argv[1:]
-    path = next((arg for arg in argv if arg.endswith(CONFIG_SUFFIXES)), None)
+    path = next((arg for arg in argv
+                 if arg.endswith(CONFIG_SUFFIXES) and '=' not in arg), None)
     if path is None:
-        sys.exit(f'usage: python {sys.argv[0]} CONFIG '
-                 f'{"CHECKPOINT " if task == "test" else ""}[OPTIONS]; '
-                 'CONFIG --help shows the options')
+        print(f'usage: python {sys.argv[0]} CONFIG '
+              f'{"CHECKPOINT " if task == "test" else ""}[OPTIONS]\n'
+              'CONFIG --help shows the options of the config\'s toolbox.')
+        sys.exit(0 if {'-h', '--help'} & set(argv) else 2)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument('--launcher')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+    args, _ = parser.parse_known_args(argv)
     config = Config.fromfile(path)
+    config.merge_from_dict(args.cfg_options or {})
     scope = config.get('default_scope')
     if scope not in SCOPES:
-        sys.exit(f'{path}: default_scope={scope!r}: expected one of '
-                 f'{SCOPES}')
+        sys.exit(f'{path}: default_scope={scope!r}: expected one of {SCOPES}')
 
     if scope == 'mmseg' and task == 'train':
         argv = translate_for_mmseg(argv)
-    if wants_torchrun(argv) and not torch.cuda.is_available():
+    if args.launcher == 'pytorch' and not torch.cuda.is_available():
         torch.distributed.init_process_group('gloo')
-        argv = add_options(argv, cpu_ddp_options(config))
+        replace_sync_bn()
+        argv = [*argv, *cpu_ddp_options(config)]
     script = find_script(scope, task)
     sys.argv = [str(script), *argv]
     runpy.run_path(str(script), run_name='__main__')
-
-
-def wants_torchrun(argv: List[str]) -> bool:
-    """Whether the arguments say ``--launcher pytorch``."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument('--launcher')
-    return parser.parse_known_args(argv)[0].launcher == 'pytorch'
 
 
 def find_script(scope: str, task: str) -> Path:
@@ -68,17 +70,9 @@ def find_script(scope: str, task: str) -> Path:
     return script
 
 
-def add_options(argv: List[str], options: List[str]) -> List[str]:
-    """Adds to ``--cfg-options``, of which argparse would keep only the last."""
-    if '--cfg-options' not in argv:
-        return [*argv, '--cfg-options', *options]
-    position = argv.index('--cfg-options') + 1
-    return argv[:position] + options + argv[position:]
-
-
 def cpu_ddp_options(config: Config) -> List[str]:
     """mmengine names a GPU for every rank, which DDP refuses on the CPU."""
-    options = ['model_wrapper_cfg.device_ids=None']
+    options = ['--cfg-options', 'model_wrapper_cfg.device_ids=None']
     if 'model_wrapper_cfg' not in config:
         unused = config.get('find_unused_parameters', False)
         options += [
@@ -87,6 +81,12 @@ def cpu_ddp_options(config: Config) -> List[str]:
             f'model_wrapper_cfg.find_unused_parameters={unused}'
         ]
     return options
+
+
+def replace_sync_bn() -> None:
+    """SyncBN has no CPU kernel; each rank normalises its own batch there."""
+    MODELS.register_module('SyncBN', module=nn.BatchNorm2d, force=True)
+    print('mmlavit: no GPU: ranks talk over gloo, SyncBN is BN.')
 
 
 def translate_for_mmseg(argv: List[str]) -> List[str]:
@@ -98,7 +98,7 @@ def translate_for_mmseg(argv: List[str]) -> List[str]:
     if args.resume:
         argv = [*argv, '--resume']
         if args.resume != 'auto':
-            argv = add_options(argv, [f'load_from={args.resume}'])
+            argv += ['--cfg-options', f'load_from={args.resume}']
     if args.auto_scale_lr:
-        argv = add_options(argv, ['auto_scale_lr.enable=True'])
+        argv = [*argv, '--cfg-options', 'auto_scale_lr.enable=True']
     return argv

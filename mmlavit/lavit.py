@@ -296,7 +296,6 @@ class LaViT(BaseModule):
         self.out_indices = out_indices
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
-        self.downsample_ratio = math.prod(arch['strides'])
 
         embed_dims, depths, strides, heads, va_layers = (
             arch[key] for key in ('embed_dims', 'depths', 'strides',
@@ -365,8 +364,11 @@ class LaViT(BaseModule):
         self.apply(init_module)
         cfgs = self.init_cfg or []
         for cfg in [cfgs] if isinstance(cfgs, dict) else cfgs:
-            path = cfg.get('checkpoint') or ''
-            if path and '://' not in path and not os.path.isfile(path):
+            if cfg['type'] != 'Pretrained':
+                continue
+            path = cfg['checkpoint']
+            if '://' not in path and not os.path.isfile(
+                    os.path.expanduser(path)):
                 raise FileNotFoundError(
                     f'LaViT: the pre-trained checkpoint {path!r} of init_cfg '
                     'does not exist. Give its path with --cfg-options '

@@ -81,17 +81,27 @@ def test_mmengine_checkpoints_load_safely(tmp_path):
     assert loaded['message_hub']['log_scalars']['loss'].mean() == 1.5
 
 
-class Payload:
-    """Harmless here; its pickle calls a function when it is loaded."""
+class Call:
+    """Harmless here; loading its pickle calls a function."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
 
     def __reduce__(self):
-        return print, ('ran code',)
+        return self.call
 
 
-def test_checkpoint_that_would_run_code_is_refused(tmp_path, capsys):
+@pytest.mark.parametrize('payload, named', [
+    (Call(print, 'ran code'), 'print'),
+    (Call(getattr, HistoryBuffer, '__init__'), '__init__'),
+    (Call(getattr, int, 'from_bytes'), 'from_bytes'),
+])
+def test_checkpoint_that_would_run_code_is_refused(tmp_path, capsys, payload,
+                                                   named):
+    """Also where it hides behind the getattr that HistoryBuffer needs."""
     from mmengine.runner.checkpoint import _load_checkpoint
     path = tmp_path / 'bad.pth'
-    torch.save(dict(state_dict={}, meta=Payload()), path)
-    with pytest.raises(Exception, match='print'):
+    torch.save(dict(state_dict={}, meta=payload), path)
+    with pytest.raises(Exception, match=named):
         _load_checkpoint(str(path), map_location='cpu')
     assert 'ran code' not in capsys.readouterr().out

@@ -72,6 +72,16 @@ def test_digits_of_the_validation_set_are_held_out():
     assert set(scans['val'][1]) == set(range(10))
 
 
+def test_digits_fit_images_of_any_size(tmp_path):
+    out = tmp_path / 'small'
+    run(sys.executable, 'tools/make_digits.py', out, '--train', '2', '--val',
+        '2', '--size', '64')
+    assert cv2.imread(str(out / 'images/val/00001.png')).shape == (64, 64, 3)
+    report = run(sys.executable, 'tools/make_digits.py', out, '--size', '20',
+                 check=False)
+    assert '--size 20: at least 64' in report
+
+
 def test_digits_are_reproducible_and_nothing_else_is_overwritten(
         digits, tmp_path):
     args = ('tools/make_digits.py', '--train', '8', '--val', '4')
@@ -95,7 +105,8 @@ def test_digits_are_reproducible_and_nothing_else_is_overwritten(
     (['c.py', '--resume', 'a.pth'],
      ['c.py', '--resume', '--cfg-options', 'load_from=a.pth']),
     (['c.py', '--auto-scale-lr', '--cfg-options', 'a=1', 'b=2'],
-     ['c.py', '--cfg-options', 'auto_scale_lr.enable=True', 'a=1', 'b=2']),
+     ['c.py', '--cfg-options', 'a=1', 'b=2', '--cfg-options',
+      'auto_scale_lr.enable=True']),
 ])
 def test_arguments_that_mmseg_lacks_are_translated(argv, expected):
     assert launch.translate_for_mmseg(argv) == expected
@@ -120,8 +131,25 @@ def test_wrong_configs_are_named(tmp_path):
     config.write_text("default_scope = 'mmpose'")
     report = run(sys.executable, 'tools/train.py', config, check=False)
     assert "default_scope='mmpose'" in report and "'mmdet'" in report
+    options = ('--cfg-options', 'val_evaluator.ann_file=x.json', 'a.b=1')
+    again = run(sys.executable, 'tools/train.py', *options, config, check=False)
+    assert again == report
     report = run(sys.executable, 'tools/test.py', check=False)
     assert 'usage' in report and 'CHECKPOINT' in report
+
+
+def test_sync_bn_trains_on_cpu_ranks():
+    """In a process of its own: it changes the registry."""
+    code = """if True:
+        import torch
+        from mmcv.cnn import build_norm_layer
+        from mmlavit.launch import replace_sync_bn
+        replace_sync_bn()
+        norm = build_norm_layer(dict(type='SyncBN', requires_grad=True), 3)[1]
+        norm(torch.randn(2, 3, 4, 4)).sum().backward()
+        print(type(norm).__name__)
+    """
+    assert run(sys.executable, '-c', code).strip().endswith('BatchNorm2d')
 
 
 @pytest.mark.parametrize('tool', [
@@ -151,7 +179,8 @@ def test_slurm_passes_everything_on(tmp_path):
 def test_two_cpu_processes_train_resume_and_test(digits, tmp_path, free_port):
     """The whole chain over gloo, from the COCO config's child."""
     config = Config.fromfile(ROOT / 'configs/retinanet_lavit_digits.py')
-    work_dir, port = tmp_path / 'work', dict(PORT=str(free_port))
+    work_dir, env = tmp_path / 'work', dict(
+        PORT=str(free_port), CUDA_VISIBLE_DEVICES='')
     options = ['--cfg-options', 'train_cfg.val_interval=1',
                'train_dataloader.batch_size=2']
     for key in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
@@ -163,10 +192,10 @@ def test_two_cpu_processes_train_resume_and_test(digits, tmp_path, free_port):
 
     train = ['bash', 'tools/dist_train.sh',
              'configs/retinanet_lavit_digits.py', '2', '--work-dir', work_dir]
-    log = run(*train, *options, 'train_cfg.max_epochs=1', **port)
+    log = run(*train, *options, 'train_cfg.max_epochs=1', **env)
     assert 'Distributed launcher: pytorch' in log
     assert 'GPU number: 2' in log
-    log = run(*train, '--resume', *options, 'train_cfg.max_epochs=2', **port)
+    log = run(*train, '--resume', *options, 'train_cfg.max_epochs=2', **env)
     assert 'resumed epoch: 1, iter: 2' in log
     assert (work_dir / 'epoch_2.pth').is_file()
 
@@ -178,7 +207,7 @@ def test_two_cpu_processes_train_resume_and_test(digits, tmp_path, free_port):
         ['bash', 'tools/dist_test.sh', config.filename, checkpoint, '2'],
         [sys.executable, stock, config.filename, checkpoint])):
         out = tmp_path / f'test{i}'
-        run(*command, '--work-dir', out, *options, **port)
+        run(*command, '--work-dir', out, *options, **env)
         metrics = json.loads(next(out.glob('2*/2*.json')).read_text())
         results.append({k: v for k, v in metrics.items() if 'mAP' in k})
     assert results[0] == results[1]

@@ -37,6 +37,12 @@ if [ "${1:-}" = --short ]; then
     exit
 fi
 
+# A run of other code or data is no start for this one.
+made_by=$(cat mmlavit/*.py configs/retinanet*.py data/digits/dataset.json | cksum)
+[ "$(cat "$WORK_DIR/made_by" 2>/dev/null)" = "$made_by" ] || rm -rf "$WORK_DIR"
+mkdir -p "$WORK_DIR"
+echo "$made_by" > "$WORK_DIR/made_by"
+
 title "Training: $CONFIG (7 minutes on 2 CPU cores)"
 train
 title 'Testing the checkpoint'

@@ -3,7 +3,7 @@
 launch() {  # script, processes, the script's arguments
     local script=$1 processes=$2
     # Without GPUs the processes share the cores.
-    if ! nvidia-smi -L >/dev/null 2>&1; then
+    if [ "${CUDA_VISIBLE_DEVICES-all}" = '' ] || ! nvidia-smi -L >/dev/null 2>&1; then
         local cores; cores=$(nproc)
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
     fi

@@ -17,6 +17,7 @@ import argparse
 import json
 import shutil
 import sys
+import zlib
 from pathlib import Path
 
 import cv2
@@ -37,8 +38,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--size', type=int, default=160, help='image side in pixels (160)')
     parser.add_argument(
-        '--digits', type=int, nargs=2, default=(3, 7), metavar=('MIN', 'MAX'),
-        help='digits in an image (3 7)')
+        '--digits', type=int, nargs=2, default=(4, 9), metavar=('MIN', 'MAX'),
+        help='digits in an image (4 9)')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
     for name in ('train', 'val'):
@@ -67,10 +68,10 @@ def split_digits(rng: np.random.Generator) -> dict:
 def texture(rng: np.random.Generator, size: int) -> np.ndarray:
     """A (size, size, 3) background: colour clouds of two scales, and noise."""
     image = np.full((size, size, 3), rng.uniform(60, 195, 3), np.float32)
-    for cells, strength in ((rng.integers(2, 5), 35), (rng.integers(8, 25), 14)):
+    for cells, strength in ((rng.integers(2, 5), 20), (rng.integers(8, 25), 8)):
         clouds = rng.normal(0, strength, (cells, cells, 3)).astype(np.float32)
         image += cv2.resize(clouds, (size, size), interpolation=cv2.INTER_CUBIC)
-    return (image + rng.normal(0, 5, image.shape)).clip(0, 255)
+    return (image + rng.normal(0, 4, image.shape)).clip(0, 255)
 
 
 def paint(rng: np.random.Generator, image: np.ndarray, scan: np.ndarray,
@@ -95,11 +96,11 @@ def compose(rng: np.random.Generator, scans: np.ndarray, labels: np.ndarray,
     taken, boxes = np.zeros((size, size), np.uint8), []
     for _ in range(rng.integers(counts[0], counts[1] + 1)):
         # As many small as large ones, by octave.
-        height = round(2**rng.uniform(np.log2(24), np.log2(80)))
+        height = round(size * 2**rng.uniform(np.log2(0.16), np.log2(0.5)))
         for _ in range(20):
             y, x = rng.integers(0, size - int(height * 1.05), 2)
             # Digits may touch and overlap, but none may hide another.
-            if taken[y:y + height, x:x + height].mean() < 0.15:
+            if taken[y:y + height, x:x + height].mean() < 0.1:
                 break
         else:
             continue
@@ -163,6 +164,9 @@ def main() -> None:
     args = parse_args()
     settings = {k: v for k, v in vars(args).items() if k != 'out'}
     settings['digits'] = list(args.digits)
+    # So that data made by another version of this file is made anew.
+    settings['generator'] = zlib.crc32(Path(__file__).read_bytes())
+    args.out = args.out.resolve()
     stamp = args.out / 'dataset.json'
     if stamp.is_file():
         if json.loads(stamp.read_text()) == settings:

@@ -27,14 +27,32 @@ on_error() {
 
 pip_install() { "$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off -c requirements/constraints.txt "$@"; }
 
-# A GPU alone is not enough: compiling CUDA ops takes an nvcc of torch's CUDA version.
-want_cuda_ops() {
-    [ "${MMCV_CUDA_OPS:-1}" = 1 ] && command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 || return 1
-    command -v nvcc >/dev/null || {
-        say 'A GPU but no nvcc: building mmcv with CPU ops. NMS and RoI ops will not run on the GPU.'
-        say 'Install the CUDA toolkit, then: rm -r .venv && bash tools/setup_env.sh'
-        return 1
-    }
+# The kind of ops to build: CUDA ops take a GPU that torch can use and an nvcc of
+# torch's CUDA version; else there are CPU ops, with a word on why.
+choose_ops() {
+    if [ "${MMCV_CUDA_OPS:-1}" = 1 ] && nvidia-smi -L >/dev/null 2>&1; then
+        "$VENV/bin/python" - <<'PY'
+import re, subprocess, sys, torch
+from torch.utils.cpp_extension import CUDA_HOME
+
+def cpu(why):
+    print('    CPU ops although there is a GPU:', why, file=sys.stderr)
+    print('    Detectors will not run on the GPU. Mend it, remove .venv and run this again.', file=sys.stderr)
+    sys.exit(print('cpu'))
+
+if not torch.cuda.is_available():
+    cpu(f'torch {torch.__version__} cannot use it; is the driver new enough for CUDA {torch.version.cuda}?')
+if CUDA_HOME is None:
+    cpu(f'no nvcc; install the CUDA {torch.version.cuda} toolkit or set CUDA_HOME.')
+text = subprocess.run([f'{CUDA_HOME}/bin/nvcc', '--version'], capture_output=True, text=True).stdout
+found = re.search(r'release (\d+)', text)
+if not found or found[1] != torch.version.cuda.split('.')[0]:
+    cpu(f'the nvcc in {CUDA_HOME} is not of CUDA {torch.version.cuda}; set CUDA_HOME to one that is.')
+print('cuda')
+PY
+    else
+        echo cpu
+    fi
 }
 
 # mmcv installs "successfully" without its ops, and pip may serve a cached wheel
@@ -61,9 +79,17 @@ show_build() {
 
 install_mmcv() {  # $1: cpu | cuda, the rest: pip's options
     local ops=$1; shift
-    FORCE_CUDA=$([ "$ops" = cuda ] && echo 1 || echo 0) MMCV_WITH_OPS=1 \
-        pip_install -v --no-build-isolation --no-deps "$@" mmcv 2>&1 | show_build \
+    # mmcv builds CUDA ops wherever torch sees a GPU: hide it for CPU ops.
+    local hide=()
+    [ "$ops" = cuda ] || hide=(CUDA_VISIBLE_DEVICES=)
+    env MMCV_WITH_OPS=1 "${hide[@]}" "$VENV/bin/python" -m pip install \
+        --disable-pip-version-check -c requirements/constraints.txt -v --no-build-isolation --no-deps "$@" mmcv 2>&1 | show_build \
         || { tail -n 40 "$VENV/mmcv-build.log" >&2; return 1; }
+}
+
+# With CPU ops a detector on the GPU would stop at its first NMS.
+hide_unusable_gpu() {
+    if [ "$(tail -n 1 "$STAMP")" = cpu ]; then export CUDA_VISIBLE_DEVICES=; fi
 }
 
 # In a function, so that the shell has read it whole before anything changes.
@@ -75,11 +101,13 @@ setup_env() {
     "$PYTHON" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
         || die "$("$PYTHON" --version 2>&1) found, but the pinned stack needs Python 3.10, 3.11 or 3.12. Name one: PYTHON=/path/to/python3.11 bash tools/setup_env.sh"
 
-    local ops=cpu wanted
-    if want_cuda_ops; then ops=cuda; fi
-    wanted="$(cat requirements/*.txt setup.py tools/setup_env.sh | cksum) $ops $PWD"
-    if [ "$(cat "$STAMP" 2>/dev/null)" = "$wanted" ]; then
+    local version wanted
+    version=$("$PYTHON" -c 'import sys; print(sys.version)' | tr '\n' ' ')
+    wanted="$version $(cat requirements/*.txt setup.py tools/setup_env.sh | cksum)"
+    wanted="$wanted ${MMCV_CUDA_OPS:-1} $(nvidia-smi -L 2>/dev/null | wc -l) $PWD"
+    if [ "$(head -n 1 "$STAMP" 2>/dev/null)" = "$wanted" ]; then
         say "$VENV is up to date."
+        hide_unusable_gpu
         trap - ERR; set +E
         return
     fi
@@ -87,6 +115,7 @@ setup_env() {
     say "Setting up $VENV: about 15 minutes on 2 cores the first time, most of it for compiling mmcv's ops."
     step "1/5 virtual environment ($("$PYTHON" --version 2>&1))"
     [ -x "$VENV/bin/python" ] && "$VENV/bin/python" -m pip --version >/dev/null 2>&1 \
+        && [ "$("$VENV/bin/python" -c 'import sys; print(sys.version)' | tr '\n' ' ')" = "$version" ] \
         || "$PYTHON" -m venv --clear "$VENV" \
         || die "$PYTHON cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv"
 
@@ -99,6 +128,7 @@ setup_env() {
         pip_install --force-reinstall --no-deps opencv-python-headless
     }
 
+    local ops; ops=$(choose_ops)
     step "3/5 mmcv with $ops ops (about 10 minutes on 2 cores; seconds if pip has the wheel cached)"
     install_mmcv "$ops"
 
@@ -113,8 +143,9 @@ setup_env() {
     pip_install --no-build-isolation --no-deps -e .
     "$VENV/bin/python" -c 'import mmlavit, mmdet, mmseg, mmpretrain; print("    mmlavit", mmlavit.__version__)'
 
-    echo "$wanted" > "$STAMP"
-    say 'Done.'
+    printf '%s\n%s\n' "$wanted" "$ops" > "$STAMP"
+    hide_unusable_gpu
+    say "Done. To work in it: source $VENV/bin/activate"
     trap - ERR; set +E
 }
 

@@ -88,19 +88,27 @@ def paint(rng: np.random.Generator, image: np.ndarray, scan: np.ndarray,
     return alpha[..., 0] > 0.5
 
 
+def overlap(a: tuple, b: tuple) -> float:
+    """Intersection of two boxes (x, y, w, h) over the smaller one."""
+    w, h = (min(a[i] + a[i + 2], b[i] + b[i + 2]) - max(a[i], b[i])
+            for i in (0, 1))
+    return max(w, 0) * max(h, 0) / min(a[2] * a[3], b[2] * b[3])
+
+
 def compose(rng: np.random.Generator, scans: np.ndarray, labels: np.ndarray,
             size: int, counts: tuple) -> tuple:
     """One image, its mask and its boxes [(label, x, y, w, h), ...]."""
     image = texture(rng, size)
     mask = np.zeros((size, size), np.uint8)
-    taken, boxes = np.zeros((size, size), np.uint8), []
+    boxes = []
     for _ in range(rng.integers(counts[0], counts[1] + 1)):
         # As many small as large ones, by octave.
         height = round(size * 2**rng.uniform(np.log2(0.16), np.log2(0.5)))
         for _ in range(20):
             y, x = rng.integers(0, size - int(height * 1.05), 2)
             # Digits may touch and overlap, but none may hide another.
-            if taken[y:y + height, x:x + height].mean() < 0.1:
+            if all(overlap((x, y, height, height), box) < 0.2
+                   for _, *box in boxes):
                 break
         else:
             continue
@@ -110,7 +118,6 @@ def compose(rng: np.random.Generator, scans: np.ndarray, labels: np.ndarray,
         rows, columns = (np.flatnonzero(opaque.any(axis)) for axis in (1, 0))
         top, left = int(y + rows[0]), int(x + columns[0])
         h, w = int(np.ptp(rows)) + 1, int(np.ptp(columns)) + 1
-        taken[top:top + h, left:left + w] = 1
         boxes.append((int(labels[i]), left, top, w, h))
     return image.round().astype(np.uint8), mask, boxes
 

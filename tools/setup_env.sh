@@ -104,7 +104,7 @@ setup_env() {
     local version wanted
     version=$("$PYTHON" -c 'import sys; print(sys.version)' | tr '\n' ' ')
     wanted="$version $(cat requirements/*.txt setup.py tools/setup_env.sh | cksum)"
-    wanted="$wanted ${MMCV_CUDA_OPS:-1} $(nvidia-smi -L 2>/dev/null | wc -l) $PWD"
+    wanted="$wanted ${MMCV_CUDA_OPS:-1} $({ nvidia-smi -L 2>/dev/null || true; } | wc -l) $PWD"
     if [ "$(head -n 1 "$STAMP" 2>/dev/null)" = "$wanted" ]; then
         say "$VENV is up to date."
         hide_unusable_gpu

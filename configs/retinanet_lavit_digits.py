@@ -89,10 +89,9 @@ param_scheduler = [
         convert_to_iter_based=True)
 ]
 optim_wrapper = dict(
-    # One fused group: a group a parameter takes a tenth of so small a step.
-    optimizer=dict(lr=1.5e-3, weight_decay=0.05, fused=True),
-    paramwise_cfg=None,
+    optimizer=dict(lr=1.5e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=10, norm_type=2))
+randomness = dict(seed=0)
 default_hooks = dict(
     logger=dict(interval=50),
     checkpoint=dict(max_keep_ckpts=2))

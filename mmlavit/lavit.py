@@ -474,6 +474,7 @@ def resolve_arch(arch: Union[str, dict], num_va_layers: Optional[Sequence[int]],
              f'a dict with the keys {sorted(keys)}; missing: {missing}, '
              f'unknown: {unknown}')
     num_stages = len(_require_ints('depths', arch['depths'], 1))
+    _require(num_stages > 0, 'depths', arch['depths'], 'at least one stage')
     defaults = {k: values[:num_stages] for k, values in ARCH_DEFAULTS.items()}
     arch = {**defaults, **arch}
     if num_va_layers is not None:
@@ -495,15 +496,13 @@ def resolve_arch(arch: Union[str, dict], num_va_layers: Optional[Sequence[int]],
         if key in arch:
             arch[key] = tuple(values)
 
-    for i, (dims, heads) in enumerate(
-            zip(arch['embed_dims'], arch['num_heads'])):
+    for dims, heads in zip(arch['embed_dims'], arch['num_heads']):
         _require(dims % heads == 0, 'num_heads', arch['num_heads'],
                  f'numbers that divide embed_dims={arch["embed_dims"]}; '
                  f'{heads} does not divide {dims}')
     _require(all(size % 2 for size in arch['patch_sizes']), 'patch_sizes',
              arch['patch_sizes'], 'odd numbers')
-    for i, (va, depth) in enumerate(
-            zip(arch['num_va_layers'], arch['depths'])):
+    for va, depth in zip(arch['num_va_layers'], arch['depths']):
         _require(va <= depth, 'num_va_layers', arch['num_va_layers'],
                  f'at most depths={arch["depths"]} in every stage')
     _require(arch['num_va_layers'][0] > 0, 'num_va_layers',

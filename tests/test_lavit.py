@@ -325,6 +325,7 @@ BAD = [
      'num_heads=(3, 2, 3, 4)', '3 does not divide 8'),
     (dict(arch={**ARCH, 'depths': (2, 2, 2)}), ValueError, 'embed_dims=',
      '3 stages'),
+    (dict(arch={**ARCH, 'depths': ()}), ValueError, 'depths=()', 'one stage'),
     (dict(arch={**ARCH, 'patch_sizes': (4, 3, 3, 3)}), ValueError,
      'patch_sizes=(4, 3, 3, 3)', 'odd'),
     (dict(num_va_layers=(2, 2, 4, 0)), ValueError,

@@ -1,4 +1,5 @@
 """Every config builds its model on the stock bases and trains a step."""
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,9 @@ def test_pyramid_receives_strides_8_to_32(path):
 
 def test_stock_pyramid_receives_strides_4_to_32():
     """mmdet's own Mask R-CNN base with its FPN from stride 4."""
-    config = Config.fromfile('mmdet::_base_/models/mask-rcnn_r50_fpn.py')
+    stock = Path(importlib.util.find_spec('mmdet').origin).parent / '.mim'
+    config = Config.fromfile(
+        stock / 'configs/_base_/models/mask-rcnn_r50_fpn.py')
     init_default_scope('mmdet')
     backbone = MODELS.build(dict(type='LaViT', arch='tiny'))
     config.model.neck.in_channels = list(backbone.arch['embed_dims'])

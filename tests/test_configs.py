@@ -10,6 +10,8 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData
 from torch import nn
 
+import mmlavit  # noqa: F401  (registers LaViT for the stock configs)
+
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
 DETECTION = [path for path in CONFIGS if 'retinanet' in path.name]

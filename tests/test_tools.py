@@ -183,7 +183,8 @@ def test_two_cpu_processes_train_resume_and_test(digits, tmp_path, free_port):
     work_dir, env = tmp_path / 'work', dict(
         PORT=str(free_port), CUDA_VISIBLE_DEVICES='')
     options = ['--cfg-options', 'train_cfg.val_interval=1',
-               'train_dataloader.batch_size=2']
+               'train_dataloader.batch_size=2',
+               'model.test_cfg.score_thr=0.0']
     for key in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         options += [f'{key}.dataset.data_root={digits}/',
                     f'{key}.num_workers=0', f'{key}.persistent_workers=False']
@@ -212,6 +213,7 @@ def test_two_cpu_processes_train_resume_and_test(digits, tmp_path, free_port):
         metrics = json.loads(next(out.glob('2*/2*.json')).read_text())
         results.append({k: v for k, v in metrics.items() if 'mAP' in k})
     assert results[0] == results[1]
+    assert 0 <= results[0]['coco/bbox_mAP_50'] <= 1
     state = torch.load(checkpoint, weights_only=True)['state_dict']
     assert all(value.isfinite().all() for value in state.values())
 

@@ -90,8 +90,6 @@ param_scheduler = [
 ]
 optim_wrapper = dict(
     optimizer=dict(lr=1.5e-3, weight_decay=0.05),
-    # One group: a group a parameter takes a tenth of the time of so small a step.
-    paramwise_cfg=None,
     clip_grad=dict(max_norm=10, norm_type=2))
 randomness = dict(seed=0)
 default_hooks = dict(

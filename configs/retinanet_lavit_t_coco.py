@@ -16,6 +16,7 @@ model = dict(
         type='LaViT',
         arch='tiny',
         drop_path_rate=0.1,
+        dp_loss=dict(),
         # RetinaNet's pyramid begins at stride 8. A map that nobody reads would
         # leave its norm without gradients, which DDP refuses.
         out_indices=(1, 2, 3),

@@ -5,10 +5,11 @@ Importing this package, or naming it in a config's ``custom_imports``, registers
 """
 from . import environment  # isort: skip  (first: says what is missing)
 from .complexity import register_flop_handles
+from .dp_loss import DiagonalityPreservingLoss
 from .lavit import LaViT
 from .version import __version__
 
 environment.allow_checkpoint_types()
 register_flop_handles()
 
-__all__ = ['LaViT', '__version__']
+__all__ = ['DiagonalityPreservingLoss', 'LaViT', '__version__']

@@ -46,6 +46,19 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def pool_tokens(x: Tensor, grid: Grid, ratio: int) -> Tensor:
+    """(B, N, C) -> (B, M, C): means over the region that each key stands for."""
+    if ratio == 1:
+        return x
+    return to_tokens(
+        F.avg_pool2d(
+            to_map(x, grid), ratio, ceil_mode=True, count_include_pad=False))
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def normalise(norm: nn.Module, x: Tensor, grid: Grid) -> Tensor:
     """Applies a norm to tokens; all but layer norms see them as a map."""
     if isinstance(norm, (_BatchNorm, _InstanceNorm, nn.GroupNorm)):
@@ -122,6 +135,13 @@ class FactoredScores(NamedTuple):
             groups=dims)
         return FactoredScores(to_tokens(q), k, heads, mix)
 
+    def pool_queries(self, q_grid: Grid, ratio: int) -> 'FactoredScores':
+        """Scores between regions, (B, heads', M, M), in float32 or better."""
+        return self._replace(
+            q=pool_tokens(at_least_float32(self.q), q_grid, ratio),
+            k=at_least_float32(self.k),
+            mix=None if self.mix is None else at_least_float32(self.mix))
+
     def expand(self) -> Tuple[Tensor, Tensor]:
         """Per-head factors q (B, heads', N, D), k (B, heads', M, D)."""
         if self.mix is None:
@@ -173,6 +193,14 @@ class MaterialisedScores(NamedTuple):
         scores = maps.view(batch, keys, heads, -1).permute(0, 2, 3, 1)
         return MaterialisedScores(mix_heads(scores, mix))
 
+    def pool_queries(self, q_grid: Grid, ratio: int) -> 'MaterialisedScores':
+        """Scores between regions, (B, heads, M, M), in float32 or better."""
+        x = at_least_float32(self.scores)
+        tokens = x.transpose(1, 2).flatten(2)  # (B, N, heads * M)
+        pooled = pool_tokens(tokens, q_grid, ratio)
+        return MaterialisedScores(
+            pooled.unflatten(2, (x.shape[1], -1)).transpose(1, 2))
+
     def dense(self) -> Tensor:
         """The score matrix (B, heads, N, M)."""
         return self.scores
@@ -197,6 +225,15 @@ class LayerScores(NamedTuple):
     def dense(self) -> Tensor:
         """The score matrix (B, heads, N, M)."""
         return sum(part.dense() for part in self.parts())
+
+    def pool_queries(self, q_grid: Grid, ratio: int) -> 'LayerScores':
+        """Scores between regions, (B, heads, M, M), in float32 or better."""
+        return LayerScores(*(part and part.pool_queries(q_grid, ratio)
+                             for part in self))
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts()[0][0].device
 
     def to_next_stage(self) -> Scores:
         """The part that crosses a stage boundary.

@@ -1,7 +1,7 @@
 """LaViT: Less-Attention Vision Transformer (CVPR 2024, arXiv 2406.00427)."""
 import math
 import os
-from typing import Optional, Sequence, Tuple, Union
+from typing import List, Optional, Sequence, Tuple, Union
 
 import torch
 from mmcv.cnn import build_activation_layer, build_norm_layer
@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import (AttentionDownsample, Grid, LayerScores, LessAttention,
                         Scores, VanillaAttention, normalise, to_map, to_tokens)
+from .checks import require, require_int, require_ints, require_number
+from .dp_loss import DiagonalityPreservingLoss
 
 # Our choice: the paper's depths and widths are not public in full. These meet
 # its parameters and FLOPs within 4 %.
@@ -143,34 +145,50 @@ class Stage(nn.Module):
         downsample (AttentionDownsample, optional): Takes the scores of the
             stage before to this stage's first layer. Defaults to None: nothing
             is inherited.
+        dp_layers (Sequence[bool]): Which layers the DP loss is on. Defaults to
+            (): none.
     """
 
     def __init__(self,
                  patch_embed: PatchEmbed,
                  blocks: Sequence[Block],
-                 downsample: Optional[AttentionDownsample] = None) -> None:
+                 downsample: Optional[AttentionDownsample] = None,
+                 dp_layers: Sequence[bool] = ()) -> None:
         super().__init__()
         self.patch_embed = patch_embed
         self.downsample = downsample
         self.blocks = nn.ModuleList(blocks)
+        self.dp_layers = dp_layers
 
-    def forward(self, x: Tensor, last_scores: Optional[Scores],
-                last_grid: Optional[Grid]) -> Tuple[Tensor, Scores, Grid]:
+    def forward(
+        self,
+        x: Tensor,
+        last_scores: Optional[Scores],
+        last_grid: Optional[Grid],
+        dp_loss: Optional[nn.Module] = None
+    ) -> Tuple[Tensor, Scores, Grid, List[Tensor]]:
         """A map (B, C_in, H, W) and the scores that the stage before passes on.
 
         Returns:
-            tuple: Tokens (B, N, C), the scores to pass on, the grid (h, w).
+            tuple: Tokens (B, N, C), the scores to pass on, the grid (h, w), and
+            if ``dp_loss`` is given, its values for the layers it is on.
         """
+        dp_losses = []
         x, grid = self.patch_embed(x)
         scores = LayerScores()
         if self.downsample is not None:
             scores = LayerScores(
                 inherited=self.downsample(last_scores, last_grid))
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             if isinstance(block.attn, VanillaAttention) and scores.own:
                 scores = LayerScores()  # only the first VA layer has a residual
             x, scores = block(x, grid, scores)
-        return x, scores.to_next_stage(), grid
+            if dp_loss is not None and self.dp_layers[i]:
+                args = scores, grid, block.attn.sr_ratio
+                dp_losses.append(
+                    checkpoint(dp_loss, *args, use_reentrant=False)
+                    if block.with_cp else dp_loss(*args))
+        return x, scores.to_next_stage(), grid, dp_losses
 
 
 @MODELS.register_module()
@@ -208,6 +226,10 @@ class LaViT(BaseModule):
         attn_residual (bool): Whether scores are added across stages where a
             stage begins with VA. LA-only stages inherit them in any case.
             Defaults to True.
+        dp_loss (dict, optional): Arguments of the diagonality-preserving loss
+            (`DiagonalityPreservingLoss`), ``dict()`` for its defaults. Models
+            of the three toolboxes then have ``loss_dp`` among their training
+            losses; at test time it costs nothing. Defaults to None: off.
         score_path (str): 'materialised': the literal formulas on N x M score
             matrices. 'factored': never builds one; the same values from the
             mixed Q and K. 'auto': the cheaper one in each layer. Defaults to
@@ -259,6 +281,7 @@ class LaViT(BaseModule):
                  num_va_layers: Optional[Sequence[int]] = None,
                  sr_ratios: Sequence[int] = (8, 4, 2, 1),
                  attn_residual: bool = True,
+                 dp_loss: Optional[dict] = None,
                  score_path: str = 'auto',
                  max_query_grid: int = 14,
                  qkv_bias: bool = True,
@@ -274,20 +297,20 @@ class LaViT(BaseModule):
         super().__init__(init_cfg)
         arch = resolve_arch(arch, num_va_layers, sr_ratios)
         num_stages = len(arch['depths'])
-        _require_int('in_channels', in_channels, 1)
-        _require_int('pretrain_img_size', pretrain_img_size, 1)
-        _require_int('max_query_grid', max_query_grid, 1)
-        _require_int('frozen_stages', frozen_stages, -1, num_stages - 1)
+        require_int('in_channels', in_channels, 1)
+        require_int('pretrain_img_size', pretrain_img_size, 1)
+        require_int('max_query_grid', max_query_grid, 1)
+        require_int('frozen_stages', frozen_stages, -1, num_stages - 1)
         for name, rate in dict(
                 drop_rate=drop_rate,
                 attn_drop_rate=attn_drop_rate,
                 drop_path_rate=drop_path_rate).items():
-            _require(0 <= rate < 1, name, rate, 'a rate from 0 to below 1')
-        _require(score_path in SCORE_PATHS, 'score_path', score_path,
+            require_number(name, rate, 0, 1)
+        require(score_path in SCORE_PATHS, 'score_path', score_path,
                  f'one of {SCORE_PATHS}')
-        out_indices = _require_ints('out_indices', out_indices, 0,
+        out_indices = require_ints('out_indices', out_indices, 0,
                                     num_stages - 1)
-        _require(out_indices and list(out_indices) == sorted(set(out_indices)),
+        require(out_indices and list(out_indices) == sorted(set(out_indices)),
                  'out_indices', out_indices,
                  'stage indices, ascending and each once')
 
@@ -301,8 +324,21 @@ class LaViT(BaseModule):
             arch[key] for key in ('embed_dims', 'depths', 'strides',
                                   'num_heads', 'num_va_layers'))
         drop_paths = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        num_stages = out_indices[-1] + 1
+        dp_layers = [False] * sum(depths)
+        self.dp_loss = None
+        if dp_loss is not None:
+            if not isinstance(dp_loss, dict):
+                raise TypeError(f'LaViT: dp_loss={dp_loss!r}: expected a dict '
+                                'of arguments, or None')
+            self.dp_loss = DiagonalityPreservingLoss(**dp_loss)
+            dp_layers = self.dp_loss.select([
+                j >= va_layers[i] for i in range(num_stages)
+                for j in range(depths[i])
+            ])
         self.stages = nn.ModuleList()
-        for i in range(out_indices[-1] + 1):
+        for i in range(num_stages):
+            first = sum(depths[:i])
             total_stride = math.prod(strides[:i + 1])
             # Grids of the pre-training size, on which Psi and Theta are learned
             q_side = math.ceil(pretrain_img_size / total_stride)
@@ -321,12 +357,12 @@ class LaViT(BaseModule):
                         k_base_grid=(k_side, k_side))
                 blocks.append(
                     Block(attn, embed_dims[i], arch['mlp_ratios'][i], norm_cfg,
-                          act_cfg, drop_rate, drop_paths[sum(depths[:i]) + j],
+                          act_cfg, drop_rate, drop_paths[first + j],
                           with_cp))
             inherits = i > 0 and (attn_residual or va_layers[i] == 0)
             if inherits:
                 last = total_stride // strides[i] * sr_ratios[i - 1]
-                _require(
+                require(
                     last == total_stride * sr_ratios[i], 'sr_ratios',
                     tuple(sr_ratios),
                     f'stage {i} inherits scores, so its total stride times '
@@ -340,7 +376,8 @@ class LaViT(BaseModule):
                                embed_dims[i], arch['patch_sizes'][i],
                                strides[i], norm_cfg), blocks,
                     AttentionDownsample(heads[i - 1], heads[i], strides[i])
-                    if inherits else None))
+                    if inherits else None,
+                    dp_layers[first:first + depths[i]]))
             if i in out_indices:
                 # On the outputs alone: the trunk itself is pre-norm.
                 self.add_module(f'norm{i}',
@@ -390,7 +427,7 @@ class LaViT(BaseModule):
         Raises:
             ValueError: If ``x`` is not of that shape.
         """
-        _require(x.dim() == 4 and x.shape[1] == self.in_channels, 'x.shape',
+        require(x.dim() == 4 and x.shape[1] == self.in_channels, 'x.shape',
                  tuple(x.shape),
                  f'(B, {self.in_channels}, H, W), as in_channels='
                  f'{self.in_channels}')
@@ -399,14 +436,20 @@ class LaViT(BaseModule):
             if x.is_contiguous() else torch.channels_last)
         # Channels-last maps and tokens share their memory: no copies between.
         x = x.contiguous(memory_format=torch.channels_last)
-        outs, scores, grid = [], None, None
+        outs, dp_losses, scores, grid = [], [], None, None
         for i, stage in enumerate(self.stages):
-            x, scores, grid = stage(x, scores, grid)
+            x, scores, grid, values = stage(
+                x, scores, grid,
+                self.dp_loss if stage.training and torch.is_grad_enabled() else
+                None)
+            dp_losses.append(values)
             if i in self.out_indices:
                 out = normalise(getattr(self, f'norm{i}'), x, grid)
                 outs.append(
                     to_map(out, grid).contiguous(memory_format=memory_format))
             x = to_map(x, grid)
+        if self.dp_loss is not None:
+            self.dp_loss.hold(dp_losses)
         return tuple(outs)
 
     def train(self, mode: bool = True) -> 'LaViT':
@@ -461,7 +504,7 @@ def resolve_arch(arch: Union[str, dict], num_va_layers: Optional[Sequence[int]],
                  sr_ratios: Sequence[int]) -> dict:
     """The arch as a complete, checked dict of tuples, one value a stage."""
     if isinstance(arch, str):
-        _require(arch in ARCHS, 'arch', arch,
+        require(arch in ARCHS, 'arch', arch,
                  f'one of {tuple(ARCHS)}, or a dict')
         arch = ARCHS[arch]
     if not isinstance(arch, dict):
@@ -470,11 +513,11 @@ def resolve_arch(arch: Union[str, dict], num_va_layers: Optional[Sequence[int]],
     keys = {*ARCHS['tiny'], *ARCH_DEFAULTS}
     missing = sorted(ARCHS['tiny'].keys() - arch.keys())
     unknown = sorted(arch.keys() - keys)
-    _require(not missing and not unknown, 'arch', arch,
+    require(not missing and not unknown, 'arch', arch,
              f'a dict with the keys {sorted(keys)}; missing: {missing}, '
              f'unknown: {unknown}')
-    num_stages = len(_require_ints('depths', arch['depths'], 1))
-    _require(num_stages > 0, 'depths', arch['depths'], 'at least one stage')
+    num_stages = len(require_ints('depths', arch['depths'], 1))
+    require(num_stages > 0, 'depths', arch['depths'], 'at least one stage')
     defaults = {k: values[:num_stages] for k, values in ARCH_DEFAULTS.items()}
     arch = {**defaults, **arch}
     if num_va_layers is not None:
@@ -483,13 +526,13 @@ def resolve_arch(arch: Union[str, dict], num_va_layers: Optional[Sequence[int]],
     for key, values in {**arch, 'sr_ratios': sr_ratios}.items():
         least = 0 if key == 'num_va_layers' else 1
         if key == 'mlp_ratios':
-            _require(
+            require(
                 isinstance(values, (list, tuple))
                 and all(isinstance(v, (int, float)) and v > 0 for v in values),
                 key, values, 'a sequence of positive numbers')
         else:
-            values = _require_ints(key, values, least)
-        _require(
+            values = require_ints(key, values, least)
+        require(
             len(values) == num_stages, key, values,
             f'one value for each of the {num_stages} stages that '
             f'depths={arch["depths"]} has')
@@ -497,44 +540,15 @@ def resolve_arch(arch: Union[str, dict], num_va_layers: Optional[Sequence[int]],
             arch[key] = tuple(values)
 
     for dims, heads in zip(arch['embed_dims'], arch['num_heads']):
-        _require(dims % heads == 0, 'num_heads', arch['num_heads'],
+        require(dims % heads == 0, 'num_heads', arch['num_heads'],
                  f'numbers that divide embed_dims={arch["embed_dims"]}; '
                  f'{heads} does not divide {dims}')
-    _require(all(size % 2 for size in arch['patch_sizes']), 'patch_sizes',
+    require(all(size % 2 for size in arch['patch_sizes']), 'patch_sizes',
              arch['patch_sizes'], 'odd numbers')
     for va, depth in zip(arch['num_va_layers'], arch['depths']):
-        _require(va <= depth, 'num_va_layers', arch['num_va_layers'],
+        require(va <= depth, 'num_va_layers', arch['num_va_layers'],
                  f'at most depths={arch["depths"]} in every stage')
-    _require(arch['num_va_layers'][0] > 0, 'num_va_layers',
+    require(arch['num_va_layers'][0] > 0, 'num_va_layers',
              arch['num_va_layers'],
              'at least 1 in the first stage, which has no scores to inherit')
     return arch
-
-
-def _require(ok: bool, name: str, value, expected: str) -> None:
-    if not ok:
-        raise ValueError(f'LaViT: {name}={value!r}: expected {expected}')
-
-
-def _require_int(name: str,
-                 value: int,
-                 least: int,
-                 most: Optional[int] = None) -> None:
-    expected = f'an integer of at least {least}' + (
-        '' if most is None else f' and at most {most}')
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f'LaViT: {name}={value!r}: expected {expected}')
-    _require(value >= least and (most is None or value <= most), name, value,
-             expected)
-
-
-def _require_ints(name: str,
-                  values: Sequence[int],
-                  least: int,
-                  most: Optional[int] = None) -> Tuple[int, ...]:
-    if not isinstance(values, (list, tuple)):
-        raise TypeError(
-            f'LaViT: {name}={values!r}: expected a sequence of integers')
-    for value in values:
-        _require_int(name, value, least, most)
-    return tuple(values)

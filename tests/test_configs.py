@@ -7,14 +7,17 @@ import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.structures import InstanceData
 from torch import nn
 
 import mmlavit  # noqa: F401  (registers LaViT for the stock configs)
+from builders import BATCHES
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
-DETECTION = [path for path in CONFIGS if 'retinanet' in path.name]
+CONFIGS = sorted((ROOT / 'configs').rglob('*.py'))
+OURS = [path for path in CONFIGS if 'lavit' in path.name]
+BASELINES = [path for path in CONFIGS if path not in OURS]
+DETECTION = [path for path in OURS if 'retinanet' in path.name]
+WINDOWED = ('swin-t_in1k', 'deit-s_in1k')  # of a fixed size
 
 
 def load(path: Path) -> Config:
@@ -24,47 +27,58 @@ def load(path: Path) -> Config:
 
 
 def build(config: Config) -> nn.Module:
-    config.model.backbone.init_cfg = None
+    model = config.model
+    if 'backbone' in model:
+        model.backbone.init_cfg = None
+    if 'data_preprocessor' in config:
+        model.setdefault('data_preprocessor', config.data_preprocessor)
+    for head in ('decode_head', 'auxiliary_head'):
+        if head in model:  # as mmlavit.launch does it without a GPU
+            model[head].norm_cfg.type = 'BN'
     torch.manual_seed(0)
-    model = MODELS.build(config.model)
+    model = MODELS.build(model)
     model.init_weights()
     return model
 
 
-def detection_batch(model: nn.Module, size=(96, 128)) -> dict:
-    from mmdet.structures import DetDataSample
-    samples = []
-    for i in range(2):
-        sample = DetDataSample(metainfo=dict(
-            img_shape=size, ori_shape=size, pad_shape=size,
-            scale_factor=(1, 1)))
-        sample.gt_instances = InstanceData(
-            bboxes=torch.tensor([[8. + i, 8, 40, 44], [50, 20, 90, 90]]),
-            labels=torch.tensor([i, 2]))
-        samples.append(sample)
-    inputs = [torch.randint(0, 255, (3, *size)).byte() for _ in samples]
-    return model.data_preprocessor(
-        dict(inputs=inputs, data_samples=samples), training=True)
-
-
-@pytest.mark.parametrize('path', DETECTION, ids=lambda path: path.stem)
-def test_detector_trains_a_step(path):
-    """As tools/train.py does it: the config's optimizer, every parameter."""
+def train_step(path: Path):
+    """As tools/train.py does it, with the config's optimizer."""
     config = load(path)
     model = build(config).train()
     optim_wrapper = build_optim_wrapper(model, config.optim_wrapper)
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    losses = model(**detection_batch(model), mode='loss')
+    sizes = dict(size=(224, 224)) if path.stem in WINDOWED else {}
+    losses = model(
+        **BATCHES[config.default_scope](model, **sizes), mode='loss')
     loss, log = model.parse_losses(losses)
-    assert set(log) == {'loss', 'loss_cls', 'loss_bbox'}
+    assert loss.isfinite()
     optim_wrapper.backward(loss)
+    before = [p.detach().clone() for p in model.parameters()]
+    optim_wrapper.step()
+    moved = sum(not torch.equal(p, old)
+                for p, old in zip(model.parameters(), before))
+    return model, log, moved / len(before)
+
+
+@pytest.mark.parametrize('path', OURS, ids=lambda path: path.stem)
+def test_config_trains_a_step_of_every_parameter(path):
+    model, log, moved = train_step(path)
+    assert log['loss_dp'] > 0
+    parts = [value for name, value in log.items()
+             if 'loss' in name and name != 'loss']
+    torch.testing.assert_close(log['loss'], sum(parts))
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, f'{name} is unused: DDP would fail'
         assert parameter.grad.isfinite().all(), name
-    optim_wrapper.step()
-    moved = [n for n, p in model.named_parameters()
-             if not torch.equal(p, before[n])]
-    assert len(moved) > 0.9 * len(before)
+    assert moved > 0.9
+
+
+@pytest.mark.parametrize('path', BASELINES, ids=lambda path: path.stem)
+def test_baseline_trains_a_step(path):
+    model, log, moved = train_step(path)
+    assert 'loss_dp' not in log
+    assert moved > 0.5
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
 
 
 @pytest.mark.parametrize('path', DETECTION, ids=lambda path: path.stem)
@@ -98,6 +112,76 @@ def test_stock_pyramid_receives_strides_4_to_32():
     assert [64 // x.shape[2] for x in neck(maps)] == [4, 8, 16, 32, 64]
 
 
+@pytest.mark.parametrize('path', [p for p in OURS if 'in1k' in p.name],
+                         ids=lambda path: path.stem)
+def test_classification_follows_the_published_schedule(path):
+    config = load(path)
+    assert config.train_cfg.max_epochs == 300
+    assert config.train_dataloader.batch_size * 8 == 1024
+    assert config.auto_scale_lr.base_batch_size == 1024
+    optimizer = config.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == (
+        'AdamW', 1e-3, 0.05)
+    warmup, cosine = config.param_scheduler
+    assert warmup.end == cosine.begin == 5
+    assert (warmup.type, cosine.type) == ('LinearLR', 'CosineAnnealingLR')
+    kinds = [step.type for step in config.train_dataloader.dataset.pipeline]
+    assert {'RandAugment', 'RandomErasing'} <= set(kinds)
+    assert config.model.head.loss.label_smooth_val == 0.1
+    assert {x.type for x in config.model.train_cfg.augments} == {
+        'Mixup', 'CutMix'}
+
+
+def test_stochastic_depth_grows_with_size():
+    for task in ('lavit_{}_in1k', 'retinanet_lavit_{}_coco',
+                 'semantic_fpn_lavit_{}_ade20k', 'upernet_lavit_{}_ade20k'):
+        rates = [load(ROOT / f'configs/{task.format(size)}.py').model.backbone
+                 .drop_path_rate for size in 'tsb']
+        assert rates == sorted(rates) and rates[0] < rates[2]
+
+
+@pytest.mark.parametrize('path', [p for p in CONFIGS if 'ade20k' in p.name],
+                         ids=lambda path: path.stem)
+def test_segmentation_follows_the_published_schedule(path):
+    config = load(path)
+    iters, lr, decay = ((160000, 6e-5, 0.01) if 'upernet' in path.name else
+                        (80000, 1e-4, 1e-4))
+    assert config.train_cfg.max_iters == iters
+    assert config.param_scheduler[-1].end == iters
+    assert config.train_dataloader.batch_size * 8 == 16
+    optimizer = config.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == (
+        'AdamW', lr, decay)
+    assert config.model.data_preprocessor.size == (512, 512)
+    assert config.train_dataloader.dataset.pipeline[1].reduce_zero_label
+    assert config.tta_model.type == 'SegTTAModel'
+
+
+@pytest.mark.parametrize('path', [p for p in OURS if 'in1k' not in p.name and
+                                  'digits' not in p.name],
+                         ids=lambda path: path.stem)
+def test_pre_training_is_of_the_classifier_of_the_same_size(path):
+    backbone = load(path).model.backbone
+    size = path.stem.split('lavit_')[1][0]
+    assert backbone.arch == dict(t='tiny', s='small', b='base')[size]
+    checkpoint = Path(backbone.init_cfg.checkpoint)
+    classifier = load(ROOT / f'configs/{checkpoint.parent.name}.py')
+    assert classifier.model.backbone.arch == backbone.arch
+    assert checkpoint.stem == f'epoch_{classifier.train_cfg.max_epochs}'
+    assert backbone.init_cfg.prefix == 'backbone.'
+
+
+@pytest.mark.parametrize('path', [p for p in BASELINES if 'coco' in p.name],
+                         ids=lambda path: path.stem)
+def test_baselines_of_detection_share_the_schedule(path):
+    config, ours = load(path), load(ROOT / 'configs/retinanet_lavit_t_coco.py')
+    assert config.train_cfg == ours.train_cfg
+    assert config.param_scheduler == ours.param_scheduler
+    assert config.train_dataloader == ours.train_dataloader
+    convolutional = path.stem.split('_')[1] in ('r50', 'x101-32x4d')
+    assert (config.optim_wrapper == ours.optim_wrapper) != convolutional
+
+
 @pytest.mark.parametrize('name', ['t', 's', 'b', 't_3x', 's_3x'])
 def test_coco_configs_follow_the_published_schedule(name):
     config = load(ROOT / f'configs/retinanet_lavit_{name}_coco.py')
@@ -109,11 +193,6 @@ def test_coco_configs_follow_the_published_schedule(name):
     assert config.auto_scale_lr.base_batch_size == 16
     kinds = [step.type for step in config.train_dataloader.dataset.pipeline]
     assert ('RandomResize' in kinds) == ('3x' in name)
-    arch = dict(t='tiny', s='small', b='base')[name[0]]
-    assert config.model.backbone.arch == arch
-    pretrained = config.model.backbone.init_cfg
-    assert pretrained.prefix == 'backbone.'
-    assert f'lavit_{name[0]}_in1k' in pretrained.checkpoint
 
 
 def test_norms_and_biases_have_no_weight_decay():

@@ -13,29 +13,14 @@ from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from builders import ARCH, randomise
 from mmlavit import LaViT
 from mmlavit.attention import LessAttention, TokenMix, VanillaAttention
-
-ARCH = dict(
-    embed_dims=(8, 16, 24, 32),
-    depths=(2, 2, 3, 2),
-    num_heads=(1, 2, 3, 4),
-    num_va_layers=(2, 1, 1, 0))
-
 
 def build(**kwargs) -> LaViT:
     torch.manual_seed(0)
     model = LaViT(**{**dict(arch=ARCH, pretrain_img_size=64), **kwargs})
     model.init_weights()
-    return model
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    """Weights at which every path of the model matters."""
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.2)
     return model
 
 

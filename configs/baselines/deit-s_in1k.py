@@ -1,0 +1,2 @@
+"""DeiT-S on ImageNet-1K: mmpretrain's own."""
+_base_ = 'mmpretrain::deit/deit-small_4xb256_in1k.py'

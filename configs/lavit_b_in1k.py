@@ -1,0 +1,4 @@
+"""LaViT-B on ImageNet-1K, 300 epochs at 224."""
+_base_ = './lavit_t_in1k.py'
+
+model = dict(backbone=dict(arch='base', drop_path_rate=0.4))

@@ -8,7 +8,7 @@ data. Everything that is not named here is as in the COCO config.
 _base_ = './retinanet_lavit_t_coco.py'
 
 image_size = (160, 160)
-num_epochs = 5
+num_epochs = 6
 
 model = dict(
     backbone=dict(
@@ -20,6 +20,7 @@ model = dict(
             num_va_layers=(2, 2, 1, 0),
             mlp_ratios=(2, 2, 4, 4)),
         drop_path_rate=0.,
+        dp_loss=None,  # for time
         init_cfg=None),
     neck=dict(
         in_channels=[64, 128, 160],
@@ -35,9 +36,7 @@ model = dict(
         anchor_generator=dict(
             octave_base_scale=2,
             ratios=[1.5, 2.2],  # digits are taller than wide
-            strides=[8, 16, 32]),
-        reg_decoded_bbox=True,
-        loss_bbox=dict(_delete_=True, type='GIoULoss', loss_weight=2.0)))
+            strides=[8, 16, 32])))
 
 data_root = 'data/digits/'
 metainfo = dict(classes=tuple('0123456789'))
@@ -79,7 +78,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/val.json')
 test_evaluator = val_evaluator
 
-train_cfg = dict(max_epochs=num_epochs, val_interval=2)
+train_cfg = dict(max_epochs=num_epochs, val_interval=3)
 param_scheduler = [
     dict(
         type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=100),
@@ -91,9 +90,7 @@ param_scheduler = [
         convert_to_iter_based=True)
 ]
 optim_wrapper = dict(
-    # Nothing decays in so few steps; one parameter group is a quicker step.
-    optimizer=dict(lr=1.5e-3, weight_decay=0.),
-    paramwise_cfg=None,
+    optimizer=dict(lr=1.5e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=10, norm_type=2))
 randomness = dict(seed=0)
 default_hooks = dict(

@@ -135,6 +135,10 @@ class FactoredScores(NamedTuple):
             groups=dims)
         return FactoredScores(to_tokens(q), k, heads, mix)
 
+    def rows(self, start: int, stop: int) -> 'FactoredScores':
+        """The scores of some of the queries."""
+        return self._replace(q=self.q[:, start:stop])
+
     def pool_queries(self, q_grid: Grid, ratio: int) -> 'FactoredScores':
         """Scores between regions, (B, heads', M, M), in float32 or better."""
         return self._replace(
@@ -193,6 +197,10 @@ class MaterialisedScores(NamedTuple):
         scores = maps.view(batch, keys, heads, -1).permute(0, 2, 3, 1)
         return MaterialisedScores(mix_heads(scores, mix))
 
+    def rows(self, start: int, stop: int) -> 'MaterialisedScores':
+        """The scores of some of the queries."""
+        return MaterialisedScores(self.scores[:, :, start:stop])
+
     def pool_queries(self, q_grid: Grid, ratio: int) -> 'MaterialisedScores':
         """Scores between regions, (B, heads, M, M), in float32 or better."""
         x = at_least_float32(self.scores)
@@ -225,6 +233,10 @@ class LayerScores(NamedTuple):
     def dense(self) -> Tensor:
         """The score matrix (B, heads, N, M)."""
         return sum(part.dense() for part in self.parts())
+
+    def rows(self, start: int, stop: int) -> 'LayerScores':
+        """The scores of some of the queries."""
+        return LayerScores(*(part and part.rows(start, stop) for part in self))
 
     def pool_queries(self, q_grid: Grid, ratio: int) -> 'LayerScores':
         """Scores between regions, (B, heads, M, M), in float32 or better."""
@@ -340,7 +352,7 @@ class Attention(nn.Module):
         v = split_heads(v, self.num_heads)
         dropout = self.attn_drop if self.training else 0.
         if self.builds_scores(scores):
-            attn = scores.dense().softmax(dim=-1)
+            attn = self.probabilities(scores)
             z = F.dropout(attn, dropout).to(v.dtype) @ v
         else:
             # One product of the factors side by side is the sum of the parts.
@@ -349,6 +361,10 @@ class Attention(nn.Module):
             z = F.scaled_dot_product_attention(
                 q, k, v, dropout_p=dropout, scale=1.)
         return self.proj_drop(self.proj(merge_heads(z)))
+
+    def probabilities(self, scores: LayerScores) -> Tensor:
+        """The attention map (B, heads, N, M)."""
+        return scores.dense().softmax(dim=-1)
 
     def builds_scores(self, scores: LayerScores) -> bool:
         """Whether the N x M score matrix is built in this layer."""
@@ -384,29 +400,75 @@ class VanillaAttention(Attention):
         return self.aggregate(scores, v), scores
 
 
-class LessAttention(Attention):
-    """LA: the predecessor's scores, mixed over tokens; no Q and no K.
+class ReAttention(nn.Module):
+    """DeepViT's Re-Attention: heads of attention maps mixed, then a norm.
 
-    ``S_l = Psi(Theta(S_{l-1})^T)^T``. Arguments as for `Attention`, and:
+    A learned heads x heads matrix and a batch norm over heads. It starts as the
+    identity, so that a fresh layer ranks keys as its predecessor does.
+
+    Args:
+        num_heads (int): Number of heads.
+    """
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.eye(num_heads))
+        self.norm = nn.BatchNorm2d(num_heads)
+
+    def forward(self, attn: Tensor) -> Tensor:
+        """Probabilities (B, heads, N, M) -> their mixture, of any sign."""
+        return self.norm(mix_heads(attn, self.mix))
+
+
+class LessAttention(Attention):
+    """LA: the predecessor's scores, transformed; no Q and no K.
+
+    Arguments as for `Attention`, and:
 
     Args:
         q_base_grid (tuple[int, int]): Base grid of Psi.
         k_base_grid (tuple[int, int]): Base grid of Theta.
+        transform (str): 'token_mix': ``S_l = Psi(Theta(S_{l-1})^T)^T``, the
+            method. For ablations: 'identity', the scores as they are, and
+            're_attention', the same with the attention map passing through
+            `ReAttention`. Defaults to 'token_mix'.
     """
 
-    def __init__(self, dims: int, num_heads: int, sr_ratio: int,
-                 qkv_bias: bool, *args, q_base_grid: Grid, k_base_grid: Grid,
+    def __init__(self,
+                 dims: int,
+                 num_heads: int,
+                 sr_ratio: int,
+                 qkv_bias: bool,
+                 *args,
+                 q_base_grid: Grid,
+                 k_base_grid: Grid,
+                 transform: str = 'token_mix',
                  **kwargs) -> None:
         super().__init__(dims, num_heads, sr_ratio, qkv_bias, *args, **kwargs)
+        self.transform = transform
         self.v = nn.Linear(dims, dims, bias=qkv_bias)
-        self.theta = TokenMix(k_base_grid)
-        self.psi = TokenMix(q_base_grid)
+        if transform == 'token_mix':
+            self.theta = TokenMix(k_base_grid)
+            self.psi = TokenMix(q_base_grid)
+        elif transform == 're_attention':
+            self.re_attention = ReAttention(num_heads)
 
     def forward(self, x: Tensor, grid: Grid,
                 scores: LayerScores) -> Tuple[Tensor, LayerScores]:
         """x (B, N, C); ``scores`` are those of the layer before."""
-        scores = LayerScores(*(
-            None if part is None else part.mix_tokens(
+        if self.transform == 'token_mix':
+            scores = LayerScores(*(part and part.mix_tokens(
                 self.theta, self.psi, grid, self.key_grid(grid))
-            for part in scores))
+                                   for part in scores))
         return self.aggregate(scores, self.v(self.reduce(x, grid))), scores
+
+    def probabilities(self, scores: LayerScores) -> Tensor:
+        """The attention map (B, heads, N, M)."""
+        attn = super().probabilities(scores)
+        if self.transform == 're_attention':
+            return self.re_attention(attn)
+        return attn
+
+    def builds_scores(self, scores: LayerScores) -> bool:
+        return (self.transform == 're_attention'
+                or super().builds_scores(scores))

@@ -41,6 +41,7 @@ ARCH_DEFAULTS = dict(
     mlp_ratios=(4, 4, 4, 4), patch_sizes=(7, 3, 3, 3), strides=(4, 2, 2, 2))
 
 SCORE_PATHS = ('auto', 'factored', 'materialised')
+TRANSFORMS = ('token_mix', 'identity', 're_attention')
 
 
 class ConvFFN(nn.Module):
@@ -226,6 +227,10 @@ class LaViT(BaseModule):
         attn_residual (bool): Whether scores are added across stages where a
             stage begins with VA. LA-only stages inherit them in any case.
             Defaults to True.
+        transform (str): What LA layers do with the scores they inherit:
+            'token_mix', the method; for ablations 'identity' (plain reuse) or
+            're_attention' (plain reuse, and DeepViT's Re-Attention on the
+            attention map, which is then built). Defaults to 'token_mix'.
         dp_loss (dict, optional): Arguments of the diagonality-preserving loss
             (`DiagonalityPreservingLoss`), ``dict()`` for its defaults. Models
             of the three toolboxes then have ``loss_dp`` among their training
@@ -281,6 +286,7 @@ class LaViT(BaseModule):
                  num_va_layers: Optional[Sequence[int]] = None,
                  sr_ratios: Sequence[int] = (8, 4, 2, 1),
                  attn_residual: bool = True,
+                 transform: str = 'token_mix',
                  dp_loss: Optional[dict] = None,
                  score_path: str = 'auto',
                  max_query_grid: int = 14,
@@ -306,6 +312,8 @@ class LaViT(BaseModule):
                 attn_drop_rate=attn_drop_rate,
                 drop_path_rate=drop_path_rate).items():
             require_number(name, rate, 0, 1)
+        require(transform in TRANSFORMS, 'transform', transform,
+                f'one of {TRANSFORMS}')
         require(score_path in SCORE_PATHS, 'score_path', score_path,
                  f'one of {SCORE_PATHS}')
         out_indices = require_ints('out_indices', out_indices, 0,
@@ -323,7 +331,8 @@ class LaViT(BaseModule):
         embed_dims, depths, strides, heads, va_layers = (
             arch[key] for key in ('embed_dims', 'depths', 'strides',
                                   'num_heads', 'num_va_layers'))
-        drop_paths = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        # From 0 at the first layer to drop_path_rate at the last.
+        step = drop_path_rate / max(sum(depths) - 1, 1)
         num_stages = out_indices[-1] + 1
         dp_layers = [False] * sum(depths)
         self.dp_loss = None
@@ -354,10 +363,11 @@ class LaViT(BaseModule):
                     attn = LessAttention(
                         *common,
                         q_base_grid=(q_side, q_side),
-                        k_base_grid=(k_side, k_side))
+                        k_base_grid=(k_side, k_side),
+                        transform=transform)
                 blocks.append(
                     Block(attn, embed_dims[i], arch['mlp_ratios'][i], norm_cfg,
-                          act_cfg, drop_rate, drop_paths[first + j],
+                          act_cfg, drop_rate, step * (first + j),
                           with_cp))
             inherits = i > 0 and (attn_residual or va_layers[i] == 0)
             if inherits:

@@ -150,7 +150,12 @@ def map_similarity(a: Tensor, b: Tensor) -> Tensor:
     """
     if a.shape[1] != b.shape[1]:
         a, b = a.mean(1, keepdim=True), b.mean(1, keepdim=True)
-    return F.cosine_similarity(a, b, dim=2).mean()
+    # Scaled first: the norm of what hardly a query sees would be lost.
+    a, b = (x / x.abs().amax(2, keepdim=True).clamp_min(1e-37) for x in (a, b))
+    similarity = F.cosine_similarity(a, b, dim=2)
+    # A key that no query sees, in neither map: the same, though 0 / 0.
+    unseen = (a.abs().amax(2) < .5) & (b.abs().amax(2) < .5)
+    return similarity.masked_fill(unseen, 1.).mean()
 
 
 def mean_pairwise_cosine(x: Tensor) -> Tensor:

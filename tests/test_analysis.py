@@ -162,6 +162,8 @@ def test_measures_of_hand_computed_examples():
     # columns (.6, .8), (.8, .6): .96; (.4, .2), (.2, .4): .16 / .2 = .8
     assert map_similarity(a, b).item() == pytest.approx((.96 + .8) / 2)
     assert map_similarity(a, a).item() == pytest.approx(1)
+    unseen = torch.tensor([[[[1., 0.], [1., 0.]]]])
+    assert map_similarity(unseen, unseen).item() == pytest.approx(1)
     both = torch.cat([a, b], 1)
     assert head_similarity(both).item() == pytest.approx((.96 + .8) / 2)
     assert head_similarity(a).isnan()

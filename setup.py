@@ -54,8 +54,8 @@ setup(
     # mmlavit checks what it finds when it is imported.
     install_requires=[],
     extras_require={
-        'tools': ['matplotlib', 'scikit-learn', 'tqdm'],
-        'tests': ['pytest'],
+        'tools': ['matplotlib', 'pyyaml', 'scikit-learn', 'tqdm'],
+        'tests': ['pytest', 'timm'],
     },
     cmdclass={'build_py': BuildWithMim},
     zip_safe=False,

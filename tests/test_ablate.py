@@ -51,8 +51,20 @@ def test_grid_is_trained_once_resumed_and_summarised(folder, monkeypatch):
     assert params['identity'] < min(params['LaViT'],
                                     params['all VA (the twin)'])
     table = (folder / 'out/ablation.md').read_text()
-    assert 'Not an ImageNet result' in table and 'input 32 x 32' in table
+    assert 'Not an ImageNet result' in table
+    assert table.count('data at 32 px, 1 epochs, batch 4') == 1 + len(names)
     assert cv2.imread(str(folder / 'out/ablation.png')).std() > 10
+
+    # Cut off between the last checkpoint and its validation: only tested.
+    run = folder / 'out/runs/LaViT-seed0'
+    log = next(run.glob('*/vis_data/scalars.json'))
+    log.write_text(''.join(line for line in open(log) if 'top1' not in line))
+    before = (run / 'epoch_1.pth').stat().st_mtime
+    tool['main']([*args, '--epochs', '1'])
+    assert (run / 'epoch_1.pth').stat().st_mtime == before
+    again = {row['variant']: row['top1']
+             for row in csv.DictReader(open(folder / 'out/ablation.csv'))}
+    assert again == {name: row['top1'] for name, row in rows.items()}
 
     def refuse(*args, **kwargs):
         pytest.fail('trained what is done')

@@ -66,12 +66,19 @@ def one_earlier(depths: List[int], va: List[int]) -> List[int]:
     return va
 
 
+def config_arch(backbone: dict) -> dict:
+    """The complete arch of a backbone's config."""
+    return resolve_arch(backbone.arch, backbone.get('num_va_layers'),
+                        backbone.get('sr_ratios', (8, 4, 2, 1)))
+
+
 def make_config(args, variant: str, seed: int) -> Config:
     """CONFIG with the variant, the data and the budget."""
     config = Config.fromfile(args.config)
     backbone = config.model.backbone
-    arch = resolve_arch(backbone.arch, backbone.get('num_va_layers'),
-                        backbone.get('sr_ratios', (8, 4, 2, 1)))
+    arch = config_arch(backbone)
+    if backbone.get('dp_loss') is None:
+        backbone.dp_loss = dict()
     for key, value in VARIANTS[variant].items():
         backbone[key] = (value(arch['depths'], arch['num_va_layers'])
                          if callable(value) else value)
@@ -133,8 +140,12 @@ def scalars(work_dir: Path) -> List[dict]:
 
 
 def accuracy(work_dir: Path) -> Optional[float]:
-    """Top-1 after the last epoch; None if the training is not complete."""
-    values = [line['accuracy/top1'] for line in scalars(work_dir)
+    """Top-1 after the last epoch; None if it is not known yet."""
+    lines = scalars(work_dir) + [
+        json.loads(path.read_text())
+        for path in sorted(work_dir.glob('test/*/*.json'))
+    ]
+    values = [line['accuracy/top1'] for line in lines
               if 'accuracy/top1' in line]
     return values[-1] if values else None
 
@@ -150,14 +161,22 @@ def train(args, variant: str, seed: int) -> None:
         raise SystemExit(f'{work_dir} is of another configuration or budget: '
                          'give another --out, or remove it')
     path.write_text(text)
-    if accuracy(work_dir) is not None:
-        return
-    with open(work_dir / 'train.log', 'a') as log:
-        code = subprocess.run(
-            [sys.executable, str(ROOT / 'tools/train.py'), str(path),
-             '--work-dir', str(work_dir), '--resume'],
-            stdout=log, stderr=subprocess.STDOUT).returncode
-    if code or accuracy(work_dir) is None:
+    last = work_dir / f'epoch_{args.epochs}.pth'
+    commands = (
+        ['train.py', path, '--work-dir', work_dir, '--resume'],
+        # Where it was cut off between the last checkpoint and its validation.
+        ['test.py', path, last, '--work-dir', work_dir / 'test'])
+    for name, *arguments in commands:
+        if accuracy(work_dir) is not None:
+            return
+        with open(work_dir / 'train.log', 'a') as log:
+            code = subprocess.run(
+                [sys.executable, str(ROOT / 'tools' / name),
+                 *map(str, arguments)],
+                stdout=log, stderr=subprocess.STDOUT).returncode
+        if code:
+            break
+    if accuracy(work_dir) is None:
         raise SystemExit(f'{variant}, seed {seed}: training failed; see '
                          f'{work_dir}/train.log. Run this again to go on.')
 
@@ -191,14 +210,19 @@ def analyse(args, variant: str, seed: int) -> dict:
         with similarity.observe(model):
             model.backbone(inputs)
     layers = similarity.result()['layers']
-    steps = [line['time'] for line in scalars(work_dir) if 'loss' in line]
+    # The same layers in every variant: those that are VA in CONFIG.
+    base = config_arch(Config.fromfile(args.config).model.backbone)
+    is_va = [j < va for depth, va in zip(base['depths'], base['num_va_layers'])
+             for j in range(depth)]
+    steps = [line['time'] - line['data_time'] for line in scalars(work_dir)
+             if 'loss' in line]
     return dict(
         params=sum(p.numel() for p in model.parameters()) / 1e6,
         macs=macs / 1e9,
         step=1000 * statistics.median(steps),
         maps=mean([x['map_similarity_to_previous'] for x in layers]),
-        va_maps=mean([x['map_similarity_to_previous'] for x in layers
-                      if x['kind'] == 'VA']),
+        va_maps=mean([x['map_similarity_to_previous']
+                      for x, va in zip(layers, is_va) if va]),
         tokens=mean([x['token_similarity'] for x in layers]),
         asymmetry=mean([x['asymmetry'] for x in layers]),
         diagonal=mean([x['diagonal_largest'] for x in layers]))
@@ -210,24 +234,28 @@ def summarise(args, variants: List[str]) -> List[dict]:
         top1 = [accuracy(folder(args, variant, seed)) for seed in args.seeds]
         seen = [analyse(args, variant, seed) for seed in args.seeds]
         rows.append(dict(
-            variant=variant, seeds=len(top1), top1=statistics.fmean(top1),
+            variant=variant, scale=scale(args), seeds=len(top1), top1=statistics.fmean(top1),
             spread=statistics.stdev(top1) if len(top1) > 1 else None,
             **{key: mean([run[key] for run in seen]) for key in seen[0]}))
     return rows
 
 
+def scale(args) -> str:
+    """What every figure here is of."""
+    return (f'{args.data.name} at {args.size} px, {args.epochs} epochs, '
+            f'batch {args.batch_size}')
+
+
 COLUMNS = dict(
-    variant='variant', top1='top-1, %', spread='± (std over seeds)',
+    variant='variant', scale='scale', top1='top-1, %', spread='± (std over seeds)',
     params='params, M', macs='MACs, G', step='training step, ms',
-    maps='map similarity', va_maps='of VA layers', tokens='token similarity',
+    maps='map similarity', va_maps='of the VA layers', tokens='token similarity',
     asymmetry='asymmetry', diagonal='diagonal largest')
 
 
 def write(args, rows: List[dict]) -> str:
-    scale = (f'Data: {args.data.name}; input {args.size} x {args.size}, '
-             f'{args.epochs} epochs, batch {args.batch_size}, AdamW '
-             f'{args.lr:g}, seeds {" ".join(map(str, args.seeds))}. Not an '
-             'ImageNet result.')
+    title = (f'{scale(args)}, AdamW {args.lr:g}, seeds '
+             f'{" ".join(map(str, args.seeds))}. Not an ImageNet result.')
     digits = dict(top1=1, spread=1, params=2, macs=3, step=0)
 
     def text(row, key):
@@ -239,7 +267,7 @@ def write(args, rows: List[dict]) -> str:
              ' | '.join(['', *('---' for _ in COLUMNS), '']).strip()]
     lines += [' | '.join(['', *(text(row, key) for key in COLUMNS), '']).strip()
               for row in rows]
-    table = '\n'.join([scale, '', *lines, ''])
+    table = '\n'.join([title, '', *lines, ''])
     (args.out / 'ablation.md').write_text(table)
     with open(args.out / 'ablation.csv', 'w', newline='') as file:
         writer = csv.DictWriter(file, rows[0])
@@ -265,6 +293,7 @@ def plot(args, rows: List[dict]) -> None:
         ax.set_title(title, fontsize=11)
         ax.grid(axis='x', alpha=.3)
     axes[0].invert_yaxis()
+    fig.suptitle(f'{scale(args)} (not an ImageNet result)', fontsize=11)
     fig.tight_layout()
     fig.savefig(args.out / 'ablation.png', dpi=80)
     plt.close(fig)

@@ -1,0 +1,296 @@
+"""Speed and memory of backbones beside each other, in one run.
+
+    python tools/benchmark.py                                   # LaViT-S and its peers
+    python tools/benchmark.py LaViT-S PVTv2-B2 --size 800 1344 --batch-size 1 --train
+    python tools/benchmark.py LaViT-S LaViT-S-twin --scaling    # from 224 to 1600 pixels
+
+Models are measured in turn, round by round, so that a change of the machine's speed
+meets all of them; warm-up rounds are not counted. Prints medians, their spread and
+each model's throughput over the first one's, and writes JSON and a plot. MODEL is a
+name of MODELS or the path of a config whose backbone is taken.
+"""
+import argparse
+import contextlib
+import gc
+import json
+import logging
+import platform
+import statistics
+import time
+import warnings
+from pathlib import Path
+from typing import Callable, Dict, List, Optional
+
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402
+import torch  # noqa: E402
+from mmengine.analysis import get_model_complexity_info  # noqa: E402
+from mmengine.config import Config  # noqa: E402
+from mmengine.registry import MODELS as REGISTRY  # noqa: E402
+from mmengine.registry import init_default_scope  # noqa: E402
+from torch import nn  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import mmlavit  # noqa: E402,F401  (registers LaViT)
+from mmlavit.lavit import ARCHS  # noqa: E402
+
+
+def lavit(arch: str, **kwargs) -> dict:
+    return dict(type='LaViT', arch=arch, **kwargs)
+
+
+def twin(arch: str) -> dict:
+    """Without less attention and without residuals: vanilla attention alone."""
+    return lavit(arch, num_va_layers=ARCHS[arch]['depths'],
+                 attn_residual=False)
+
+
+def pvtv2(layers: list) -> dict:
+    return dict(type='mmdet.PyramidVisionTransformerV2', embed_dims=64,
+                num_layers=layers)
+
+
+def swin(depths: list) -> dict:
+    return dict(type='mmdet.SwinTransformer', embed_dims=96, depths=depths,
+                num_heads=[3, 6, 12, 24], drop_path_rate=0.)
+
+
+MODELS = {
+    'LaViT-T': lavit('tiny'),
+    'LaViT-S': lavit('small'),
+    'LaViT-B': lavit('base'),
+    'LaViT-T-twin': twin('tiny'),
+    'LaViT-S-twin': twin('small'),
+    'LaViT-B-twin': twin('base'),
+    'LaViT-S-factored': lavit('small', score_path='factored'),
+    'LaViT-S-materialised': lavit('small', score_path='materialised'),
+    'PVT-S': dict(type='mmdet.PyramidVisionTransformer',
+                  num_layers=[3, 4, 6, 3]),
+    'PVTv2-B1': pvtv2([2, 2, 2, 2]),
+    'PVTv2-B2': pvtv2([3, 4, 6, 3]),
+    'PVTv2-B3': pvtv2([3, 4, 18, 3]),
+    'Swin-T': swin([2, 2, 6, 2]),
+    'Swin-S': swin([2, 2, 18, 2]),
+    'ConvNeXt-T': dict(type='mmpretrain.ConvNeXt', arch='tiny',
+                       out_indices=(0, 1, 2, 3), gap_before_final_norm=False),
+    'ResNet-50': dict(type='mmdet.ResNet', depth=50),
+}
+DEFAULT = ('LaViT-S', 'LaViT-S-twin', 'PVTv2-B2', 'Swin-T', 'ConvNeXt-T',
+           'ResNet-50')
+DTYPES = dict(float32=None, bfloat16=torch.bfloat16, float16=torch.float16)
+SIDES = (224, 320, 448, 640, 896, 1280, 1600)
+
+
+def build(name: str, args) -> nn.Module:
+    if name in MODELS:
+        config = dict(MODELS[name])
+    elif Path(name).is_file():
+        file = Config.fromfile(name)
+        init_default_scope(file.default_scope)
+        config = file.model.backbone
+    else:
+        raise SystemExit(f'{name}: expected the path of a config or one of '
+                         f'{", ".join(MODELS)}')
+    config.pop('init_cfg', None)
+    if config['type'].startswith('mmpretrain.'):
+        import mmpretrain.models  # noqa: F401  (registers them)
+    elif config['type'].startswith('mmdet.'):
+        import mmdet.models  # noqa: F401
+    torch.manual_seed(0)
+    model = REGISTRY.build(config).to(args.device)
+    model.train(args.train)
+    return model
+
+
+def make_step(model: nn.Module, x: torch.Tensor, args) -> Callable[[], None]:
+    """One inference, or one forward, backward and SGD step."""
+    dtype = DTYPES[args.dtype]
+    autocast = (torch.autocast(x.device.type, dtype) if dtype else
+                contextlib.nullcontext())
+    forward = torch.compile(model) if args.compile else model
+    if not args.train:
+
+        def step():
+            with torch.no_grad(), autocast:
+                forward(x)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+
+        def step():
+            with autocast:
+                loss = sum(out.float().mean() for out in forward(x))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def synchronise(device: str) -> None:
+    if device == 'cuda':
+        torch.cuda.synchronize()
+
+
+def reset_peak(device: str) -> None:
+    gc.collect()
+    if device == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        # The kernel's high-water mark of this process starts anew.
+        with contextlib.suppress(OSError):
+            Path('/proc/self/clear_refs').write_text('5')
+
+
+def peak_memory(device: str) -> float:
+    """In MB: allocated on the GPU; of the whole process on the CPU."""
+    if device == 'cuda':
+        return torch.cuda.max_memory_allocated() / 1e6
+    with contextlib.suppress(OSError):
+        for line in Path('/proc/self/status').read_text().splitlines():
+            if line.startswith('VmHWM'):
+                return int(line.split()[1]) / 1e3
+    return float('nan')
+
+
+def count(model: nn.Module, size: tuple) -> Optional[float]:
+    """Multiply-adds in G at batch 1, attention products included."""
+    training = model.training
+    model.eval()
+    x = torch.rand(1, 3, *size, device=next(model.parameters()).device)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter('ignore')
+        macs = get_model_complexity_info(
+            model, inputs=(x, ), show_table=False, show_arch=False)['flops']
+    model.train(training)
+    return macs / 1e9
+
+
+def compare(names: List[str], size: tuple, args) -> Dict[str, dict]:
+    """Times of every model, interleaved; memory of each by itself."""
+    x = torch.rand(args.batch_size, 3, *size, device=args.device)
+    models = {name: build(name, args) for name in names}
+    steps = {name: make_step(model, x, args) for name, model in models.items()}
+    times = {name: [] for name in names}
+    for i in tqdm(range(args.warmup + args.rounds),
+                  f'{size[0]}x{size[1]}', disable=None):
+        for name, step in steps.items():
+            synchronise(args.device)
+            begin = time.perf_counter()
+            step()
+            synchronise(args.device)
+            if i >= args.warmup:
+                times[name].append(time.perf_counter() - begin)
+    results = {}
+    for name, step in steps.items():
+        reset_peak(args.device)
+        before = (torch.cuda.memory_allocated() / 1e6
+                  if args.device == 'cuda' else peak_memory(args.device))
+        step()
+        synchronise(args.device)
+        median = statistics.median(times[name])
+        low, *_, high = statistics.quantiles(times[name], n=10)
+        results[name] = dict(
+            ms=1e3 * median, ms_p10=1e3 * low, ms_p90=1e3 * high,
+            images_per_s=args.batch_size / median,
+            memory_mb=peak_memory(args.device) - before,
+            params_m=sum(p.numel()
+                         for p in models[name].parameters()) / 1e6,
+            gmacs=None if args.no_macs else count(models[name], size))
+    return results
+
+
+def table(results: Dict[str, dict]) -> str:
+    first = next(iter(results.values()))
+    lines = [f'{"model":<22}{"ms":>9}{"p10":>9}{"p90":>9}{"images/s":>10}'
+             f'{"MB":>8}{"params M":>10}{"GMACs":>8}{"speed ratio":>13}']
+    for name, r in results.items():
+        macs = '' if r['gmacs'] is None else f'{r["gmacs"]:.2f}'
+        lines.append(
+            f'{name:<22}{r["ms"]:9.1f}{r["ms_p10"]:9.1f}{r["ms_p90"]:9.1f}'
+            f'{r["images_per_s"]:10.2f}{r["memory_mb"]:8.0f}'
+            f'{r["params_m"]:10.2f}{macs:>8}'
+            f'{r["images_per_s"] / first["images_per_s"]:13.2f}')
+    return '\n'.join(lines)
+
+
+def plot(results: Dict[str, Dict[str, dict]], path: Path) -> None:
+    """Bars at one size; time and memory against pixels at several."""
+    names = list(next(iter(results.values())))
+    if len(results) == 1:
+        rows, = results.values()
+        fig, ax = plt.subplots(figsize=(7, .4 * len(names) + 1.2))
+        ax.barh(names, [rows[name]['images_per_s'] for name in names])
+        ax.invert_yaxis()
+        ax.set_xlabel('images/s')
+    else:
+        fig, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+        for ax, key in zip(axes, ('ms', 'memory_mb')):
+            for name in names:
+                sizes = [tuple(map(int, s.split('x'))) for s in results]
+                ax.loglog([h * w for h, w in sizes],
+                          [r[name][key] for r in results.values()], 'o-',
+                          label=name)
+            ax.set_xlabel('pixels')
+            ax.set_ylabel(key)
+            ax.grid(alpha=.3, which='both')
+        axes[0].legend()
+    fig.tight_layout()
+    fig.savefig(path, dpi=90)
+    plt.close(fig)
+
+
+def parse_args(args: Optional[list]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('models', nargs='*', default=list(DEFAULT),
+                        metavar='MODEL', help=', '.join(MODELS))
+    parser.add_argument('--size', type=int, nargs=2, default=(224, 224),
+                        metavar=('H', 'W'))
+    parser.add_argument('--batch-size', type=int, default=8)
+    parser.add_argument('--train', action='store_true',
+                        help='a training step instead of inference')
+    parser.add_argument('--dtype', choices=DTYPES, default='float32',
+                        help='other than float32: autocast')
+    parser.add_argument('--compile', action='store_true')
+    parser.add_argument('--scaling', action='store_true',
+                        help=f'squares of {SIDES} pixels, instead of --size')
+    parser.add_argument('--rounds', type=int, default=10)
+    parser.add_argument('--warmup', type=int, default=3)
+    parser.add_argument('--no-macs', action='store_true')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available()
+                        else 'cpu', choices=('cpu', 'cuda'))
+    parser.add_argument('--out', type=Path,
+                        default=Path('work_dirs/benchmark'))
+    args = parser.parse_args(args)
+    if args.rounds < 2:
+        parser.error(f'--rounds {args.rounds}: at least 2, for a spread')
+    return args
+
+
+def main(args: Optional[list] = None) -> None:
+    args = parse_args(args)
+    logging.disable(logging.WARNING)
+    device = (torch.cuda.get_device_name() if args.device == 'cuda' else
+              f'{torch.get_num_threads()} CPU threads ({platform.machine()})')
+    print(f'{device}, torch {torch.__version__}, batch {args.batch_size}, '
+          f'{args.dtype}, {"training step" if args.train else "inference"}'
+          f'{", compiled" if args.compile else ""}')
+    sizes = [(s, s) for s in SIDES] if args.scaling else [tuple(args.size)]
+    results = {}
+    for size in sizes:
+        results[f'{size[0]}x{size[1]}'] = compare(args.models, size, args)
+        print(f'\n{size[0]} x {size[1]}\n{table(results[f"{size[0]}x{size[1]}"])}')
+    args.out.mkdir(parents=True, exist_ok=True)
+    options = {k: str(v) for k, v in vars(args).items()}
+    (args.out / 'benchmark.json').write_text(json.dumps(
+        dict(device=device, torch=torch.__version__, options=options,
+             results=results), indent=1) + '\n')
+    plot(results, args.out / 'benchmark.png')
+    print(f'\nwritten to {args.out}')
+
+
+if __name__ == '__main__':
+    main()

@@ -2,8 +2,9 @@
 
 The S and B configs inherit this one. ADE20K's masks number 150 classes from 1
 and call the rest 0; its base loads them with ``reduce_zero_label=True``, which
-makes 0 the ignored label 255 and moves the classes to 0..149. Set it to False
-for masks of your own whose classes begin at 0, or the first one is ignored.
+makes 0 the ignored label 255 and moves the classes to 0..149. For masks of your own
+whose classes begin at 0 set it to False, in the data sets and in every
+``LoadAnnotations``, or the first class is ignored.
 """
 _base_ = [
     'mmseg::_base_/models/fpn_r50.py', 'mmseg::_base_/datasets/ade20k.py',
@@ -28,6 +29,7 @@ model = dict(
     decode_head=dict(num_classes=150))
 
 train_dataloader = dict(batch_size=2)
+auto_scale_lr = dict(enable=False, base_batch_size=16)
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, weight_decay=1e-4),
     paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0.))

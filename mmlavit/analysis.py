@@ -135,8 +135,15 @@ def vit_hooks(name: str, layer: nn.Module, callback: Callable) -> list:
                              'can be observed on square images only')
         scores = LayerScores(
             FactoredScores(q[:, extra:], k[:, extra:], heads))
+
+        def probabilities(rows: LayerScores) -> Tensor:
+            # What the class token draws is no region's, but is not theirs.
+            others = FactoredScores(rows.own.q, k[:, :extra], heads).dense()
+            whole = torch.cat([others, rows.dense()], -1).softmax(-1)
+            return whole[..., extra:]
+
         callback(Layer(name, 0, 'ViT', (side, side), 1, tokens[:, extra:],
-                       scores, lambda s: s.dense().softmax(-1)))
+                       scores, probabilities))
 
     return [layer.attn.register_forward_pre_hook(before),
             layer.register_forward_hook(after)]
@@ -189,6 +196,9 @@ def diagonal_largest(attn: Tensor) -> Tensor:
 
 class Similarity:
     """Running means of all measures over batches.
+
+    For each to each, a batch's region maps of all layers are held at a time: batch x
+    heads x M x M for each layer. Use batch 1 for large inputs.
 
     Example:
         >>> similarity = Similarity()

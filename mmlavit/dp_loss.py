@@ -11,7 +11,7 @@ a module with a DP loss inside gets a forward hook that adds ``loss_dp`` to the
 dict of losses it returns. As part of that output it passes through DDP,
 gradient scaling and accumulation like any other loss.
 """
-from typing import List, Optional, Sequence, Union
+from typing import Iterator, List, Optional, Sequence, Union
 
 import torch
 from mmengine.logging import MessageHub
@@ -86,7 +86,9 @@ class DiagonalityPreservingLoss(nn.Module):
         self.diagonal_weight = diagonal_weight
         self.layers = layers
         self.warmup_iters = warmup_iters
-        self.value: Optional[Tensor] = None
+        # Of the forwards since the model's last training loss began.
+        self.values: List[Tensor] = []
+        self.collects = False  # within a model's forward: all of them
 
     def select(self, is_la: Sequence[bool]) -> List[bool]:
         """Which of the layers, in order, the loss is on.
@@ -133,49 +135,65 @@ class DiagonalityPreservingLoss(nn.Module):
         return rows.mean()
 
     def hold(self, stages: Sequence[Sequence[Tensor]]) -> None:
-        """Keeps the total of the layers' losses, a list for every stage."""
+        """Keeps a forward's total of the layers' losses, a list a stage.
+
+        Outside of a model that collects them only the last one is kept.
+        """
+        if not self.collects:
+            self.values = []
         stages = [torch.stack(losses) for losses in stages if losses]
         if not stages:
-            self.value = None  # all of them are in frozen stages
-        elif self.form == 'bounded':
-            self.value = torch.stack([x.mean() for x in stages]).mean()
+            return  # not training, or all of them are frozen
+        if self.form == 'bounded':
+            value = torch.stack([x.mean() for x in stages]).mean()
         else:
-            self.value = torch.cat(stages).sum()
+            value = torch.cat(stages).sum()
+        self.values = [*self.values, value]
 
     def take(self) -> Optional[Tensor]:
         """The weighted loss of the backbone's last training forward.
 
+        Their sum, where a model runs its backbone several times for one loss.
         None if there is none or it was taken already. For training loops of
         one's own; models of the three toolboxes do it by themselves.
         """
-        value, self.value = self.value, None
-        if value is None:
+        values, self.values = self.values, []
+        if not values:
             return None
         weight = self.loss_weight
         iteration = MessageHub.get_current_instance().get_info('iter')
         if self.warmup_iters and iteration is not None:
             weight *= min(1, (iteration + 1) / self.warmup_iters)
-        return weight * value
+        return weight * sum(values)
 
     def __getstate__(self) -> dict:
         # A value has a graph, which can be neither copied nor pickled.
-        return {**self.__dict__, 'value': None}
+        return {**self.__dict__, 'values': [], 'collects': False}
 
     def extra_repr(self) -> str:
         return (f'form={self.form!r}, loss_weight={self.loss_weight}, '
                 f'layers={self.layers!r}')
 
 
+def dp_losses_in(model: nn.Module) -> Iterator[DiagonalityPreservingLoss]:
+    return (module for module in model.modules()
+            if isinstance(module, DiagonalityPreservingLoss))
+
+
+def collect_dp_losses(model: nn.Module, inputs: tuple) -> None:
+    """Forward pre-hook: a new loss begins."""
+    for dp_loss in dp_losses_in(model):
+        dp_loss.values, dp_loss.collects = [], True
+
+
 def add_dp_loss(model: nn.Module, inputs: tuple, losses):
     """Forward hook: adds ``loss_dp`` to a dict of losses."""
-    if not isinstance(losses, dict):
-        return None
-    values = [
-        module.take() for module in model.modules()
-        if isinstance(module, DiagonalityPreservingLoss)
-    ]
+    values = []
+    for dp_loss in dp_losses_in(model):
+        dp_loss.collects = False
+        values.append(dp_loss.take())
     values = [value for value in values if value is not None]
-    if not values:
+    if not isinstance(losses, dict) or not values:
         return None
     losses = dict(losses)
     if 'loss' in losses:
@@ -189,9 +207,8 @@ def attach(parent: nn.Module, name: str, child: nn.Module) -> None:
     """Registration hook: a model with a DP loss inside adds it to its losses."""
     if (isinstance(parent, BaseModel)
             and add_dp_loss not in parent._forward_hooks.values()
-            and any(
-                isinstance(module, DiagonalityPreservingLoss)
-                for module in child.modules())):
+            and any(dp_losses_in(child))):
+        parent.register_forward_pre_hook(collect_dp_losses)
         parent.register_forward_hook(add_dp_loss)
 
 

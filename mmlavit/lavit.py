@@ -411,7 +411,7 @@ class LaViT(BaseModule):
         self.apply(init_module)
         cfgs = self.init_cfg or []
         for cfg in [cfgs] if isinstance(cfgs, dict) else cfgs:
-            if cfg['type'] != 'Pretrained':
+            if cfg.get('type') != 'Pretrained':
                 continue
             path = cfg['checkpoint']
             if '://' not in path and not os.path.isfile(

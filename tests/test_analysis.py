@@ -19,6 +19,18 @@ from mmlavit.attention import (FactoredScores, LayerScores, LessAttention,
                                ReAttention)
 
 ROOT = Path(__file__).parents[1]
+tool = runpy.run_path(str(ROOT / 'tools/analyze_attention.py'))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    path = tmp_path / 'images' / 'class'
+    path.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        cv2.imwrite(str(path / f'{i}.png'),
+                    rng.integers(0, 255, (50, 60, 3), np.uint8))
+    return path.parent
 
 
 def build(**kwargs) -> LaViT:
@@ -152,6 +164,8 @@ def test_plain_vit_is_observed():
         whole = attn.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
         torch.testing.assert_close(out, whole)  # the formula is the module's
         torch.testing.assert_close(layer.region_scores(), scores[..., 1:, 1:])
+        torch.testing.assert_close(layer.region_map(),
+                                   scores.softmax(-1)[..., 1:, 1:])
         assert layer.tokens.shape == (2, 16, 8)
     [handle.remove() for handle in handles]
 
@@ -201,34 +215,71 @@ def test_similarity_is_averaged_over_images_and_sees_collapse():
     assert np.allclose(matrix, matrix.T) and np.allclose(np.diag(matrix), 1)
 
 
-def test_tool_writes_measures_and_pictures_of_two_models(tmp_path, capsys):
-    for name, layers in (('la', None), ('va', list(ARCH['depths']))):
-        (tmp_path / f'{name}.py').write_text(
-            f"_base_ = {str(ROOT / 'configs/lavit_t_in1k.py')!r}\n"
+@pytest.mark.parametrize('name, head', [
+    ('lavit_t_in1k', 'head=dict(in_channels=32)'),
+    ('retinanet_lavit_t_coco', 'neck=dict(in_channels=[16, 24, 32])'),
+    ('semantic_fpn_lavit_t_ade20k', 'neck=dict(in_channels=[8, 16, 24, 32])'),
+])
+def test_tool_writes_measures_and_pictures_of_two_models(
+        name, head, folder, tmp_path, capsys):
+    """Of every toolbox; one model from a checkpoint, one from none."""
+    outs = {'lavit_t_in1k': (3, ), 'retinanet_lavit_t_coco': (1, 2, 3)}.get(
+        name, (0, 1, 2, 3))
+    for variant, layers in (('la', None), ('va', list(ARCH['depths']))):
+        (tmp_path / f'{variant}.py').write_text(
+            f"_base_ = {str(ROOT / f'configs/{name}.py')!r}\n"
             "model = dict(backbone=dict(_delete_=True, type='LaViT', "
-            f'arch={ARCH}, out_indices=(3, ), num_va_layers={layers}), '
-            'head=dict(in_channels=32))\n')
-    folder = tmp_path / 'images' / 'class'
-    folder.mkdir(parents=True)
-    for i in range(3):
-        cv2.imwrite(str(folder / f'{i}.png'),
-                    np.random.randint(0, 255, (50, 60, 3), np.uint8))
-    tool = runpy.run_path(str(ROOT / 'tools/analyze_attention.py'))
+            f'arch={ARCH}, out_indices={outs}, num_va_layers={layers}), '
+            f'{head})\n')
+    model = tool['build'](str(tmp_path / 'la.py'), 'none', 'cpu')
+    torch.save(dict(state_dict=randomise(model).state_dict()),
+               tmp_path / 'la.pth')
     out = tmp_path / 'out'
     tool['main']([
-        str(tmp_path / 'la.py'), 'none', str(tmp_path / 'images'), '--compare',
-        str(tmp_path / 'va.py'), 'none', '--size', '64', '96', '--out',
-        str(out), '--batch-size', '2', '--heads', '--device', 'cpu'])
+        str(tmp_path / 'la.py'), str(tmp_path / 'la.pth'), str(folder),
+        '--compare', str(tmp_path / 'va.py'), 'none', '--size', '64', '90',
+        '--out', str(out), '--batch-size', '2', '--heads', '--device', 'cpu'])
     results = json.loads((out / 'similarity.json').read_text())
     assert [results[k]['images'] for k in ('la', 'va')] == [3, 3]
     rows = list(csv.DictReader(open(out / 'similarity.csv')))
     assert [row['kind'] for row in rows] == (
         [layer['kind'] for layer in results['la']['layers']] + ['VA'] * 9)
-    for name in ('similarity', 'attention', 'features'):
-        picture = cv2.imread(str(out / f'{name}.png'))
-        assert picture.std() > 10
+    # The checkpoint was loaded: its weights' measures, not the initial ones.
+    with torch.no_grad():
+        similarity = Similarity()
+        inputs = tool['prepare'](model, tool['find_images'](folder, 9),
+                                 (64, 96))
+        with similarity.observe(model):
+            model.backbone(inputs)
+    assert similarity.result()['layers'][3]['token_similarity'] == (
+        pytest.approx(results['la']['layers'][3]['token_similarity'], rel=1e-3))
+    for picture in ('similarity', 'attention', 'features'):
+        assert cv2.imread(str(out / f'{picture}.png')).std() > 10
     assert 'la: means over 3 images' in capsys.readouterr().out
-    with pytest.raises(SystemExit, match='no images there'):
-        (tmp_path / 'empty').mkdir()
-        tool['main']([str(tmp_path / 'la.py'), 'none',
-                      str(tmp_path / 'empty')])
+
+
+def test_tool_takes_a_plain_vit(folder, tmp_path):
+    (tmp_path / 'deit.py').write_text(
+        f"_base_ = {str(ROOT / 'configs/baselines/deit-s_in1k.py')!r}\n"
+        'model = dict(backbone=dict(_delete_=True, type="VisionTransformer", '
+        'img_size=64, arch=dict(embed_dims=8, num_layers=3, num_heads=2, '
+        'feedforward_channels=16)), head=dict(in_channels=8))\n')
+    tool['main']([str(tmp_path / 'deit.py'), 'none', str(folder), '--size',
+                  '64', '64', '--out', str(tmp_path / 'out'), '--device',
+                  'cpu'])
+    rows = list(csv.DictReader(open(tmp_path / 'out/similarity.csv')))
+    assert [row['kind'] for row in rows] == ['ViT'] * 3
+    assert all(float(row['map_similarity_to_previous']) > 0 for row in rows[1:])
+
+
+def test_images_are_spread_over_the_folder_and_missing_ones_named(tmp_path):
+    for i in range(10):
+        (tmp_path / f'{i}.png').touch()
+    names = [path.stem for path in tool['find_images'](tmp_path, 6)]
+    assert names == ['0', '1', '3', '5', '6', '8']
+    assert len(tool['find_images'](tmp_path, 64)) == 10
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(SystemExit, match='empty: no images there'):
+        tool['find_images'](tmp_path / 'empty', 6)
+    with pytest.raises(SystemExit, match='0.png: not a readable image'):
+        tool['prepare'](None, [tmp_path / '0.png'], (8, 8))

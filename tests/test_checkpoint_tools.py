@@ -5,10 +5,12 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mmdet.models.backbones.pvt import PyramidVisionTransformerV2
+from mmengine.hooks import EMAHook
 from mmengine.logging import HistoryBuffer
 
 from builders import ARCH, randomise
@@ -34,9 +36,6 @@ def trained(tmp_path) -> Path:
             meta=dict(cfg='a = 1', epoch=3, iter=9,
                       dataset_meta=dict(classes=('x', 'y'))),
             state_dict=weights,
-            ema_state_dict=dict(
-                steps=torch.tensor(3),
-                **{f'module.{k}': v + 1 for k, v in weights.items()}),
             message_hub=dict(log_scalars=dict(loss=history)),
             optimizer=dict(state={0: torch.rand(1000, 1000)})), path)
     return path
@@ -45,8 +44,9 @@ def trained(tmp_path) -> Path:
 def test_published_file_is_small_hashed_and_plain(trained, tmp_path, capsys):
     log = trained.parent / '20250101_000000' / 'vis_data' / 'scalars.json'
     log.parent.mkdir(parents=True)
-    log.write_text(json.dumps({'accuracy/top1': 50., 'step': 3}) + '\n' +
-                   json.dumps({'loss': 1., 'step': 4}))
+    log.write_text('\n'.join(map(json.dumps, (
+        {'accuracy/top1': 40., 'step': 2}, {'accuracy/top1': 50., 'step': 3},
+        {'loss': 1., 'step': 3}, {'accuracy/top1': 60., 'step': 4}))))
     publish['main']([str(trained), str(tmp_path / 'out' / 'lavit.pth')])
     final, = (tmp_path / 'out').iterdir()
     sha = hashlib.sha256(final.read_bytes()).hexdigest()
@@ -71,25 +71,38 @@ def test_published_file_is_small_hashed_and_plain(trained, tmp_path, capsys):
         assert torch.equal(value, state[f'backbone.{name}'])
 
 
-def test_moving_average_is_published_on_request(trained, tmp_path):
-    final = publish['publish'](trained, tmp_path / 'x.pth', {}, ema=True)
-    original = torch.load(trained, weights_only=True)['state_dict']
+def test_the_moving_average_is_published(tmp_path):
+    """mmengine's hook puts it where the weights are, for it was validated."""
+    model = LaViT(arch=ARCH)
+    hook = EMAHook()
+    hook.before_run(SimpleNamespace(model=model))
+    randomise(model)
+    averaged = {k: v + 1 for k, v in model.state_dict().items()}
+    hook.ema_model.module.load_state_dict(averaged)
+    checkpoint = dict(state_dict=dict(model.state_dict()))
+    hook.before_save_checkpoint(SimpleNamespace(model=model), checkpoint)
+    source = tmp_path / 'epoch_1.pth'
+    torch.save(checkpoint, source)
+    final = publish['publish'](source, tmp_path / 'x.pth')
     published = torch.load(final, weights_only=True)['state_dict']
-    assert set(published) == set(original)
-    assert all(torch.equal(published[k], original[k] + 1) for k in original)
+    assert set(published) == set(averaged)
+    assert all(torch.equal(published[k], averaged[k]) for k in averaged)
+
+
+def test_results_of_a_test_take_precedence(trained, tmp_path):
+    final = publish['publish'](trained, tmp_path / 'x.pth', {'AP': .5})
+    meta = torch.load(final, weights_only=True)['meta']
+    assert meta['figures'] == {'AP': .5}
 
 
 def test_files_that_cannot_be_published_are_named(tmp_path):
     path = tmp_path / 'x.pth'
     path.write_bytes(b'no checkpoint')
     with pytest.raises(SystemExit, match='x.pth: not a checkpoint'):
-        publish['publish'](path, tmp_path / 'y.pth', {})
+        publish['publish'](path, tmp_path / 'y.pth')
     torch.save(dict(a=1), path)
     with pytest.raises(SystemExit, match='x.pth: no state_dict'):
-        publish['publish'](path, tmp_path / 'y.pth', {})
-    torch.save(dict(state_dict={}), path)
-    with pytest.raises(SystemExit, match='EMAHook'):
-        publish['publish'](path, tmp_path / 'y.pth', {}, ema=True)
+        publish['publish'](path, tmp_path / 'y.pth')
     with pytest.raises(SystemExit, match='z.pth: no such file'):
         publish['main']([str(tmp_path / 'z.pth'), 'out.pth'])
     assert [p.name for p in tmp_path.iterdir()] == ['x.pth']
@@ -155,7 +168,7 @@ def test_converted_stages_compute_what_pvt_computes(pvt):
             x = maps[i]
 
 
-def test_what_differs_is_cropped_filled_up_and_reported(pvt):
+def test_what_differs_is_cropped_or_initial_and_reported(pvt):
     weights = official_names(pvt)
     widths = [layer[2].normalized_shape[0] for layer in pvt.layers]
     arch = dict(embed_dims=(widths[0] + 4, *widths[1:3], widths[3] - 8),
@@ -169,14 +182,16 @@ def test_what_differs_is_cropped_filled_up_and_reported(pvt):
     assert missing == {
         name for name in shapes if 'theta' in name or 'psi' in name
         or 'downsample' in name}
-    # Keys and values are cropped or filled up each for itself.
+    # Keys and values are cropped each for itself.
     c = widths[0]
     kv, ours = (w[k] for w, k in (
         (weights, 'block1.0.attn.kv.weight'),
         (converted, 'stages.0.blocks.0.attn.kv.weight')))
     assert torch.equal(ours[:c, :c], kv[:c])
     assert torch.equal(ours[c + 4:2 * c + 4, :c], kv[c:])
-    assert not ours[c:c + 4].any() and not ours[:, c:].any()
+    initial = model.state_dict()['stages.0.blocks.0.attn.kv.weight']
+    assert torch.equal(ours[c:c + 4], initial[c:c + 4])
+    assert torch.equal(ours[:, c:], initial[:, c:]) and initial[:, c:].all()
     # A less-attention layer takes the values; its source's keys are unused.
     assert torch.equal(converted['stages.2.blocks.2.attn.v.weight'],
                        weights['block3.1.attn.kv.weight'].chunk(2)[1])

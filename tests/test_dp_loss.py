@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from builders import ARCH, BATCHES, randomise
 from mmlavit import DiagonalityPreservingLoss, LaViT
+from mmlavit.analysis import observe_layers
 from mmlavit.attention import (FactoredScores, LayerScores, LessAttention,
                                MaterialisedScores)
 
@@ -214,8 +215,9 @@ def test_models_may_be_copied_between_forward_and_loss():
     assert 'loss_dp' in copy.deepcopy(model)(x, mode='loss')
 
 
-def test_a_model_around_a_model_has_the_loss_once():
-    """As in semi-supervised detectors, which call ``student.loss`` directly."""
+@pytest.mark.parametrize('through_call', [False, True])
+def test_a_model_around_a_model_has_each_forwards_loss_once(through_call):
+    """As in semi-supervised detectors, which call ``student.loss`` twice."""
 
     class Outer(BaseModel):
 
@@ -224,13 +226,28 @@ def test_a_model_around_a_model_has_the_loss_once():
             self.student = Model(dp_loss=dict())
 
         def forward(self, inputs, data_samples=None, mode='tensor'):
+            if through_call:
+                return self.student(inputs, mode='loss')
+            self.student.loss(inputs.flip(3))
             return self.student.loss(inputs)
 
     x = torch.randn(1, 3, 64, 64)
     model = Outer()
-    losses = model(x, mode='loss')
-    torch.testing.assert_close(losses['loss_dp'],
-                               model.student(x, mode='loss')['loss_dp'])
+    expected = model.student(x, mode='loss')['loss_dp']
+    if not through_call:
+        expected = expected + model.student(x.flip(3), mode='loss')['loss_dp']
+    for _ in range(2):
+        torch.testing.assert_close(model(x)['loss_dp'], expected)
+
+
+def test_without_a_model_the_last_forward_counts_and_no_graph_piles_up():
+    backbone = Model(dp_loss=dict()).backbone
+    x = torch.randn(1, 3, 64, 64)
+    backbone(x.flip(3))
+    backbone(x)
+    assert len(backbone.dp_loss.values) == 1
+    once = Model(dp_loss=dict())(x, mode='loss')['loss_dp']
+    torch.testing.assert_close(backbone.dp_loss.take(), once)
 
 
 def test_warm_up_follows_the_runners_iteration():
@@ -323,15 +340,29 @@ def test_total_gradient_is_task_plus_dp_in_each_toolbox(name, amp):
 
     def gradients(part: str) -> torch.Tensor:
         model.zero_grad()
-        with torch.autocast('cpu', torch.bfloat16, enabled=amp):
+        layers = []
+        with torch.autocast('cpu', torch.bfloat16, enabled=amp), (
+                observe_layers(model, layers.append)):
             losses = model(**batch, mode='loss')
-        dp = losses['loss_dp']
-        assert dp.dtype == torch.float32 and dp > 0
         total, log = model.parse_losses(losses)
-        assert log['loss_dp'] == dp and log['loss'] == total
-        loss = dict(total=total, dp=dp, task=total - dp)[part]
+        assert losses['loss_dp'].dtype == torch.float32
+        # Independently of the loss's own code, by its documented formula.
+        stages = {}
+        for layer in layers:
+            if layer.kind == 'LA':
+                a = layer.region_scores().softmax(-1)
+                excess = (a - a.diagonal(dim1=2, dim2=3)[..., None]).clamp(min=0)
+                value = ((a - a.mT).abs() + excess).sum(-1).mean()
+                stages.setdefault(layer.stage, []).append(value)
+        dp = .5 * torch.stack(
+            [torch.stack(values).mean() for values in stages.values()]).mean()
+        torch.testing.assert_close(log['loss_dp'], dp)
+        task = sum(value if torch.is_tensor(value) else sum(value)
+                   for name, value in losses.items()
+                   if 'loss' in name and name != 'loss_dp')
+        torch.testing.assert_close(log['loss'], task + dp)
         # As the gradient scaler of float16 does it.
-        (loss * 8).backward()
+        (dict(total=total, dp=dp, task=task)[part] * 8).backward()
         return torch.cat([
             (torch.zeros_like(p) if p.grad is None else p.grad).flatten() / 8
             for p in model.parameters()])

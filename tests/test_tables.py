@@ -68,12 +68,35 @@ def test_trainings_are_read_from_their_work_directories(tmp_path):
     (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_7.pth'))
     training = read(tmp_path, config)
     assert (training.done, training.complete) == (7, False)
-    assert training.metrics == dict(AP=.3, AP50=.2)
+    assert training.metrics == dict(AP=.3)  # not mixed with an earlier one
     (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_12.pth'))
     assert read(tmp_path, config).complete
     result = tmp_path / 'result.json'
     result.write_text(json.dumps({'coco/bbox_mAP': .4}))
     assert read(tmp_path, config, result=result).metrics == dict(AP=.4)
+
+
+def test_figures_of_an_earlier_epoch_are_said_to_be(tmp_path):
+    config = 'retinanet_lavit_t_coco.py'
+    (tmp_path / 'last_checkpoint').write_text('epoch_12.pth')
+    assert str(read(tmp_path, config)) == 'complete, not validated'
+    write_log(tmp_path, '20250101_000000', {'coco/bbox_mAP': .1, 'step': 11})
+    assert str(read(tmp_path, config)) == 'complete, validated at epoch 11'
+    folder = tmp_path / 'test' / '20250102_000000'
+    folder.mkdir(parents=True)
+    (folder / '20250102_000000.json').write_text('{"coco/bbox_mAP": 0.2}')
+    training = read(tmp_path, config)
+    assert str(training) == 'complete' and training.metrics == dict(AP=.2)
+
+
+def test_several_scales_have_a_column_of_their_own(tmp_path):
+    write_log(tmp_path, '20250101_000000', dict(mIoU=40., step=80000))
+    result = tmp_path / 'ms.json'
+    result.write_text('{"mIoU": 42.0}')
+    training = tables['read_training'](
+        CONFIGS / 'semantic_fpn_lavit_s_ade20k.py', tmp_path,
+        tables['TABLES']['segmentation'], result_ms=result)
+    assert training.metrics == dict(mIoU=40., mIoU_ms=42.)
 
 
 def test_counts_and_trained_figures_stand_beside_the_published(tmp_path):
@@ -105,20 +128,24 @@ def test_run_starts_resumes_and_skips(tmp_path):
     """With a stand-in for the training script of the toolbox."""
     (tmp_path / 'published.yml').write_text(
         'classification:\n  - {model: A, config: a.py}\n'
-        '  - {model: B, config: b.py}\n  - {model: C, config: c.py}\n')
-    for name in 'abc':
+        '  - {model: B, config: b.py}\n  - {model: U, config: u.py}\n'
+        '  - {model: C, config: c.py}\n')
+    for name in 'abuc':
         (tmp_path / f'{name}.py').write_text(
             f"_base_ = {str(CONFIGS / 'lavit_t_in1k.py')!r}\n"
             'train_cfg = dict(max_epochs=4)\n')
-    for name, epoch in (('a', 4), ('b', 3)):
+    for name, epoch in (('a', 4), ('b', 3), ('u', 4)):
         folder = tmp_path / 'work' / name
         folder.mkdir(parents=True)
         (folder / 'last_checkpoint').write_text(f'epoch_{epoch}.pth')
+        write_log(folder, '20250101_000000', {'accuracy/top1': 1., 'step': 3 + (name == 'a')})
+    (tmp_path / 'c.py').write_text(
+        f"_base_ = {str(CONFIGS / 'retinanet_lavit_t_coco.py')!r}\n")
     code = f"""if True:
         import runpy, subprocess
         tool = runpy.run_path({str(ROOT / 'tools/tables.py')!r})
         def run(command):
-            print('RAN', *command[2:])
+            print('RAN', *command[1:])
             code = int('c.py' in command[2])
             return subprocess.CompletedProcess(command, code)
         subprocess.run = run
@@ -127,10 +154,18 @@ def test_run_starts_resumes_and_skips(tmp_path):
     """
     done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert '[1/3] A (a.py): complete, skipped' in done.stdout
-    assert '[2/3] B (b.py): resumed from epoch 3 of 4' in done.stdout
-    assert 'RAN b.py 2 --work-dir work/b --resume --amp' in done.stdout
-    assert '[3/3] C (c.py): started' in done.stdout
+    assert '[1/4] A (a.py): complete, skipped' in done.stdout
+    assert '[2/4] B (b.py): resumed from epoch 3 of 4' in done.stdout
+    assert ('dist_train.sh b.py 2 --work-dir work/b --resume --amp\n'
+            in done.stdout)
+    # Cut off before its last validation: only tested.
+    assert '[3/4] U (u.py): complete, tested' in done.stdout
+    assert ('dist_test.sh u.py epoch_4.pth 2 --work-dir work/u/test\n'
+            in done.stdout)
+    # The pre-training is where this command trained it.
+    assert '[4/4] C (c.py): started' in done.stdout
+    assert ('--amp --cfg-options model.backbone.init_cfg.checkpoint='
+            'work/lavit_t_in1k/epoch_300.pth' in done.stdout)
     # The last fails: said, and the exit code is not 0.
     assert done.returncode == 1
     assert 'exit code 1; its log is in work/c' in done.stderr

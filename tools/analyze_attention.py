@@ -70,14 +70,18 @@ def find_images(path: Path, limit: int) -> List[Path]:
         file for file in path.rglob('*') if file.suffix.lower() in SUFFIXES)
     if not files:
         raise SystemExit(f'{path}: no images there ({", ".join(SUFFIXES)})')
-    return files[::max(len(files) // limit, 1)][:limit]
+    count = min(limit, len(files))
+    return [files[i * len(files) // count] for i in range(count)]
 
 
 def prepare(model: nn.Module, files: List[Path], size: tuple) -> torch.Tensor:
     """Files as the model's own preprocessor leaves them: (B, 3, H, W)."""
     images = []
     for file in files:
-        image = mmcv.imread(file)
+        try:
+            image = mmcv.imread(file)
+        except Exception:
+            image = None
         if image is None:
             raise SystemExit(f'{file}: not a readable image')
         image = mmcv.imresize(image, size[::-1])
@@ -251,7 +255,8 @@ def parse_args(args: Optional[list]) -> argparse.Namespace:
     parser.add_argument('--labels', nargs='+', help="the models' names in plots")
     parser.add_argument('--out', type=Path, default=Path('work_dirs/analysis'))
     parser.add_argument('--size', type=int, nargs=2, default=(224, 224),
-                        metavar=('H', 'W'), help='input size, default 224 224')
+                        metavar=('H', 'W'),
+                        help='input size, default 224 224; rounded up to 32')
     parser.add_argument('--max-images', type=int, default=64)
     parser.add_argument('--batch-size', type=int, default=8)
     parser.add_argument('--points', type=point, nargs='+', metavar='X,Y',
@@ -266,7 +271,8 @@ def parse_args(args: Optional[list]) -> argparse.Namespace:
 
 def main(args: Optional[list] = None) -> None:
     args = parse_args(args)
-    args.size = tuple(args.size)
+    # Detectors pad to that; so that pictures and maps are of the same area.
+    args.size = tuple(-(-side // 32) * 32 for side in args.size)
     logging.disable(logging.INFO)
     files = find_images(args.images, args.max_images)
     models = [(args.config, args.checkpoint)]

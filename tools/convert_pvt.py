@@ -4,14 +4,19 @@
 
 takes what both have: patch embeddings, vanilla attention (in less-attention layers
 its values and output projection), FFNs and norms. Layers that differ in number are
-spread evenly, tensors that differ in size are cropped or filled up with zeros.
+spread evenly, tensors that differ in size are cropped, or keep their initial values
+where PVTv2's is smaller.
 Theta, Psi and the cross-stage parts keep their initial values: each less-attention
 layer begins by repeating its predecessor's attention. Prints what was not used.
 
 PVTv2 normalises between stages, LaViT only its outputs, so this is a start for
-training and not the same function. The result loads with
+training and not the same function. Detection and segmentation configs take it with
 
     --cfg-options model.backbone.init_cfg.checkpoint=lavit_s_from_pvt.pth
+
+and classification configs, which begin from nothing, with
+
+    --cfg-options load_from=lavit_s_from_pvt.pth
 """
 import argparse
 from pathlib import Path
@@ -26,10 +31,13 @@ from mmlavit.attention import LessAttention
 Weights = Dict[str, Tensor]
 
 
-def resize(x: Tensor, shape: torch.Size) -> Tensor:
-    """Crops, or fills up with zeros, at the end of each axis."""
-    out = x.new_zeros(shape)
-    common = tuple(slice(min(a, b)) for a, b in zip(x.shape, shape))
+def resize(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` cropped at the end of each axis; ``like`` where x does not reach.
+
+    Not zeros there: channels that are zero throughout would never learn.
+    """
+    out = like.clone()
+    common = tuple(slice(min(a, b)) for a, b in zip(x.shape, like.shape))
     out[common] = x[common]
     return out
 
@@ -76,10 +84,10 @@ def convert(pvt: Weights, model: LaViT) -> Tuple[Weights, Set[str], Set[str]]:
         x, parts = pvt[source[0]], source[1]
         if parts == 2 and '.attn.v.' in name:
             x = x.chunk(2)[1]
-            converted[name] = resize(x, target.shape)
+            converted[name] = resize(x, target)
         else:
             converted[name] = torch.cat([
-                resize(part, like.shape)
+                resize(part, like)
                 for part, like in zip(x.chunk(parts), target.chunk(parts))
             ])
         whole = '.attn.v.' not in name and x.shape == target.shape
@@ -121,7 +129,9 @@ def main(args: Optional[list] = None) -> None:
     parser.add_argument(
         '--arch', default='small', help='tiny, small or base; default small')
     args = parser.parse_args(args)
+    torch.manual_seed(0)
     model = LaViT(arch=args.arch)
+    model.init_weights()
     pvt = torch.load(args.pvt, map_location='cpu', weights_only=True)
     pvt = pvt.get('state_dict', pvt)
     try:

@@ -1,11 +1,11 @@
 """Makes a checkpoint fit to be published.
 
-    python tools/publish_model.py work_dirs/lavit_t_in1k/epoch_300.pth lavit_t_in1k.pth \
-        --results work_dirs/lavit_t_in1k/test/*/*.json
+    python tools/publish_model.py work_dirs/lavit_t_in1k/epoch_300.pth lavit_t_in1k.pth
 
-Keeps the weights alone (``--ema``: their moving average), without optimizer and
-log, in plain types that torch's safe loader reads without mmlavit; adds the
-config and the figures; and puts the first 8 digits of the file's SHA-256 into its
+Keeps the weights alone, without optimizer and log, in plain types that torch's safe
+loader reads without mmlavit. After training with EMAHook they are the moving
+average, which is what was validated. Adds the config and the figures of this
+checkpoint's validation, or of ``--results``, the JSON of a test; and puts the first 8 digits of the file's SHA-256 into its
 name, as torch.hub checks it: ``lavit_t_in1k-1a2b3c4d.pth``.
 """
 import argparse
@@ -44,21 +44,14 @@ def load(path: Path) -> dict:
     return checkpoint
 
 
-def publish(source: Path, target: Path, figures: dict,
-            ema: bool = False) -> Path:
+def publish(source: Path, target: Path,
+            results: Optional[dict] = None) -> Path:
     """Writes the published file; returns its path."""
     checkpoint = load(source)
     weights = checkpoint['state_dict']
-    if ema:
-        if 'ema_state_dict' not in checkpoint:
-            raise SystemExit(f'{source}: --ema, but no moving average in it: '
-                             'train with EMAHook')
-        weights = {
-            name[len('module.'):]: value
-            for name, value in checkpoint['ema_state_dict'].items()
-            if name.startswith('module.')
-        }
     meta = checkpoint.get('meta', {})
+    figures = (validation_of(source, meta) if results is None else
+               plain(results))
     kept = {
         key: plain(meta[key])
         for key in ('cfg', 'dataset_meta', 'epoch', 'iter', 'experiment_name')
@@ -73,19 +66,21 @@ def publish(source: Path, target: Path, figures: dict,
     sha = hashlib.sha256(part.read_bytes()).hexdigest()
     final = target.with_name(f'{target.stem}-{sha[:8]}.pth')
     os.replace(part, final)
+    print(f'{final}: {final.stat().st_size / 1e6:.1f} MB, figures: '
+          f'{figures or "none found"}')
     return final
 
 
-def last_figures(checkpoint: Path) -> dict:
-    """The latest validation's figures in the log beside a checkpoint."""
-    figures = {}
+def validation_of(checkpoint: Path, meta: dict) -> dict:
+    """The figures of a checkpoint's validation, from the log beside it."""
     logs = checkpoint.parent.glob('*/vis_data/scalars.json')
-    for log in sorted(logs):  # named by time
-        for line in log.read_text().splitlines():
-            values = json.loads(line)
-            if 'loss' not in values:
-                figures = values
-    return figures
+    lines = [json.loads(line) for log in sorted(logs)  # named by time
+             for line in log.read_text().splitlines()]
+    # Validations are logged by epoch, or by iteration where there are none.
+    step = meta.get('epoch') or meta.get('iter')
+    found = [values for values in lines
+             if 'loss' not in values and values.get('step') == step]
+    return found[-1] if found else {}
 
 
 def main(args: Optional[list] = None) -> None:
@@ -97,18 +92,13 @@ def main(args: Optional[list] = None) -> None:
     parser.add_argument(
         '--results',
         type=Path,
-        help="JSON of tools/test.py; without it the training log's last "
-        'validation')
-    parser.add_argument(
-        '--ema', action='store_true', help='the moving average of the weights')
+        help="JSON that tools/test.py wrote; default: the training log's "
+        'validation of this checkpoint')
     args = parser.parse_args(args)
     if not args.checkpoint.is_file():
         raise SystemExit(f'{args.checkpoint}: no such file')
-    figures = (json.loads(args.results.read_text())
-               if args.results else last_figures(args.checkpoint))
-    final = publish(args.checkpoint, args.target, plain(figures), args.ema)
-    print(f'{final}: {final.stat().st_size / 1e6:.1f} MB, figures: '
-          f'{figures or "none found"}')
+    publish(args.checkpoint, args.target,
+            json.loads(args.results.read_text()) if args.results else None)
 
 
 if __name__ == '__main__':

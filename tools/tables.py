@@ -53,8 +53,8 @@ TABLES = dict(
         'At which size the published figures were counted is not known.'),
     segmentation=Table(
         'ADE20K semantic segmentation', ((512, 512), (512, 2048)),
-        dict(mIoU='mIoU', mIoU_ms='mIoU (--tta)'),
-        'mIoU_ms: several scales and flip. At which size the published '
+        dict(mIoU='mIoU', mIoU_ms='mIoU'),
+        'mIoU_ms: several scales and flip (--result-ms). At which size the published '
         'figures were counted is not known.'))
 TOLERANCE = 0.05  # at which a count is said to agree with the published
 
@@ -92,16 +92,28 @@ class Training(NamedTuple):
     length: int
     unit: str
     metrics: Dict[str, float]
+    metrics_of: int  # epoch or iteration of the validation
 
     @property
     def complete(self) -> bool:
         return self.done >= self.length
 
+    def __str__(self) -> str:
+        if not self.done:
+            return 'not yet run'
+        text = ('complete' if self.complete else
+                f'{self.unit} {self.done} of {self.length}')
+        if self.metrics_of != self.done:
+            text += (f', validated at {self.unit} {self.metrics_of}'
+                     if self.metrics else ', not validated')
+        return text
+
 
 def read_training(config: Path, work_dir: Path, table: Table,
-                  result: Optional[Path] = None) -> Training:
-    """Progress by the last checkpoint; figures of the last validation or of
-    ``result``, a JSON file of tools/test.py."""
+                  result: Optional[Path] = None,
+                  result_ms: Optional[Path] = None) -> Training:
+    """Progress by the last checkpoint; figures of the last validation, or of
+    ``result``, a JSON file of tools/test.py (``result_ms``: with --tta)."""
     train_cfg = Config.fromfile(config).train_cfg
     if 'max_iters' in train_cfg:
         unit, length = 'iter', train_cfg.max_iters
@@ -110,17 +122,26 @@ def read_training(config: Path, work_dir: Path, table: Table,
     last = work_dir / 'last_checkpoint'
     match = last.is_file() and re.search(rf'{unit}_(\d+)\.pth',
                                          last.read_text())
+    done = int(match[1]) if match else 0
     logs = sorted(work_dir.glob('*/vis_data/scalars.json'))
-    lines = [line for log in logs for line in log.read_text().splitlines()]
+    lines = [json.loads(line) for log in logs
+             for line in log.read_text().splitlines()]
+    # Tests through --run end in a folder of their own, of the last checkpoint.
+    lines += [dict(json.loads(path.read_text()), step=done)
+              for path in sorted(work_dir.glob('test/*/*.json'))]
     if result is not None:
-        lines = [result.read_text()]
-    metrics = {}
-    for values in map(json.loads, lines):
-        metrics.update({
-            column: values[name]
-            for column, name in table.metrics.items() if name in values
-        })
-    return Training(int(match[1]) if match else 0, length, unit, metrics)
+        lines = [dict(json.loads(result.read_text()), step=done)]
+    columns = {column: name for column, name in table.metrics.items()
+               if column != 'mIoU_ms'}
+    metrics, metrics_of = {}, 0
+    for values in lines:
+        found = {column: values[name] for column, name in columns.items()
+                 if name in values}
+        if found:
+            metrics, metrics_of = found, values.get('step', 0)
+    if result_ms is not None:
+        metrics['mIoU_ms'] = json.loads(result_ms.read_text())['mIoU']
+    return Training(done, length, unit, metrics, metrics_of)
 
 
 def number(value: Optional[float], digits: int = 1) -> str:
@@ -154,10 +175,7 @@ def make_rows(table: Table, rows: List[dict], trainings: dict) -> List[dict]:
             cell[f'{column} (published)'] = number(row.get(column))
             value = training and training.metrics.get(column)
             cell[f'{column} trained here'] = number(scaled(column, value))
-        cell['training'] = (
-            '' if training is None else 'complete' if training.complete else
-            f'{training.unit} {training.done} of {training.length}'
-            if training.done else 'not yet run')
+        cell['training'] = '' if training is None else str(training)
         row['agrees'] = [
             size for size, macs in zip(table.sizes, counted.get('macs', ()))
             if 'macs' in row and abs(macs / row['macs'] - 1) <= TOLERANCE
@@ -209,19 +227,41 @@ def run(rows: List[dict], trainings: dict, args: argparse.Namespace) -> None:
     for i, row in enumerate(rows, 1):
         training = trainings[row['model']]
         title = f"[{i}/{len(rows)}] {row['model']} ({row['config']})"
-        if training.complete:
+        tool = ['bash', None, str(row['path']), str(args.gpus)]
+        if not training.complete:
+            print(f'{title}: ' + (
+                f'resumed from {training.unit} {training.done} of '
+                f'{training.length}' if training.done else 'started'),
+                flush=True)
+            tool[1] = str(ROOT / 'tools/dist_train.sh')
+            tool += ['--work-dir', str(row['work_dir']), '--resume',
+                     *args.train_args, *pretrained_in(row['path'], args)]
+        elif training.metrics_of != training.done:
+            # Cut off between the last checkpoint and its validation.
+            print(f'{title}: complete, tested', flush=True)
+            last = (row['work_dir'] / 'last_checkpoint').read_text()
+            tool[1] = str(ROOT / 'tools/dist_test.sh')
+            tool.insert(3, last)
+            tool += ['--work-dir', str(row['work_dir'] / 'test')]
+        else:
             print(f'{title}: complete, skipped', flush=True)
             continue
-        print(f'{title}: ' + (
-            f'resumed from {training.unit} {training.done} of {training.length}'
-            if training.done else 'started'), flush=True)
-        command = ['bash', str(ROOT / 'tools/dist_train.sh'), str(row['path']),
-                   str(args.gpus), '--work-dir', str(row['work_dir']),
-                   '--resume', *args.train_args]
-        code = subprocess.run(command).returncode
+        code = subprocess.run(tool).returncode
         if code:
-            sys.exit(f"{title}: training failed with exit code {code}; its log "
-                     f"is in {row['work_dir']}. Run this again to go on.")
+            sys.exit(f"{title}: failed with exit code {code}; its log is in "
+                     f"{row['work_dir']}. Run this again to go on.")
+
+
+def pretrained_in(config: Path, args: argparse.Namespace) -> List[str]:
+    """Where --work-dirs has the pre-training that a config expects in work_dirs."""
+    if '--cfg-options' in args.train_args:
+        return []
+    init_cfg = Config.fromfile(config).model.get('backbone', {}).get('init_cfg')
+    checkpoint = Path((init_cfg or {}).get('checkpoint', ''))
+    if checkpoint.parts[:1] != ('work_dirs', ):
+        return []
+    return ['--cfg-options', 'model.backbone.init_cfg.checkpoint='
+            f'{args.work_dirs.joinpath(*checkpoint.parts[1:])}']
 
 
 def parse_args(args: Optional[list]) -> argparse.Namespace:
@@ -239,6 +279,9 @@ def parse_args(args: Optional[list]) -> argparse.Namespace:
         '--result', action='append', default=[], metavar='CONFIG=FILE',
         help="JSON of tools/test.py for a row, by its config's name")
     parser.add_argument(
+        '--result-ms', action='append', default=[], metavar='CONFIG=FILE',
+        help='the same of a test with --tta')
+    parser.add_argument(
         '--only', default='', help='rows whose model contains this')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/tables'))
     parser.add_argument(
@@ -254,7 +297,10 @@ def main(args: Optional[list] = None) -> None:
     args = parse_args(args)
     logging.getLogger('mmengine').setLevel(logging.ERROR)
     published = yaml.safe_load(args.published.read_text())
-    results = dict(item.split('=', 1) for item in args.result)
+    results, results_ms = (
+        {config: Path(file) for config, file in
+         (item.split('=', 1) for item in items)}
+        for items in (args.result, args.result_ms))
     for name in TABLES if args.table == 'all' else [args.table]:
         table, trainings = TABLES[name], {}
         rows = [row for row in published.get(name, [])
@@ -268,10 +314,10 @@ def main(args: Optional[list] = None) -> None:
             for row in trainable:
                 row['path'] = args.published.parent / row['config']
                 row['work_dir'] = args.work_dirs / row['path'].stem
-                result = results.get(row['path'].stem)
+                name = row['path'].stem
                 trainings[row['model']] = read_training(
-                    row['path'], row['work_dir'], table,
-                    Path(result) if result else None)
+                    row['path'], row['work_dir'], table, results.get(name),
+                    results_ms.get(name))
 
         look()
         if args.run:

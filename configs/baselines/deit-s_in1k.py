@@ -1,2 +1,4 @@
 """DeiT-S on ImageNet-1K: mmpretrain's own."""
 _base_ = 'mmpretrain::deit/deit-small_4xb256_in1k.py'
+
+train_dataloader = dict(batch_size=128)  # 1024 on 8 GPUs

@@ -35,10 +35,11 @@ class DiagonalityPreservingLoss(nn.Module):
     (heads, M, M). With ``A = softmax(S)``:
 
     - ``form='bounded'``: ``symmetry_weight * sum_j |A_ij - A_ji| +
-      diagonal_weight * sum_j max(0, A_ij - A_ii)``, averaged over rows, heads
-      and images, then over the layers of a stage, then over stages: every stage
-      weighs the same, whatever its size. Non-negative, at most
-      ``2 * symmetry_weight + diagonal_weight``.
+      diagonal_weight * sum_{j != i} max(0, A_ij - A_ii + margin / M)``, averaged
+      over rows, heads and images, then over the layers of a stage, then over
+      stages: every stage weighs the same, whatever its size. Non-negative, at
+      most ``2 * symmetry_weight + (1 + margin) * diagonal_weight``. Without a
+      margin the uniform map, in which nothing dominates, has no loss.
     - ``form='paper'``: ``symmetry_weight * sum_ij |S_ij - S_ji| +
       diagonal_weight * sum_ij (S_ij - S_ii)``, averaged over heads and images,
       summed over layers; the sign is the one that makes the diagonal dominant.
@@ -50,6 +51,8 @@ class DiagonalityPreservingLoss(nn.Module):
         loss_weight (float): Weight of the whole. Defaults to 0.1.
         symmetry_weight (float): Weight of condition (1). Defaults to 1.
         diagonal_weight (float): Weight of condition (2). Defaults to 1.
+        margin (float): Of form 'bounded': by how much the diagonal is to exceed
+            the other entries, in units of their mean 1 / M. Defaults to 0.
         layers (str | Sequence[int]): 'la' (less-attention layers, as the paper
             does), 'all', or indices of layers counted from 0 through all
             stages. Defaults to 'la'.
@@ -65,6 +68,7 @@ class DiagonalityPreservingLoss(nn.Module):
                  loss_weight: float = 0.1,
                  symmetry_weight: float = 1.,
                  diagonal_weight: float = 1.,
+                 margin: float = 0.,
                  layers: Union[str, Sequence[int]] = 'la',
                  warmup_iters: int = 0) -> None:
         super().__init__()
@@ -72,8 +76,11 @@ class DiagonalityPreservingLoss(nn.Module):
         for name, weight in dict(
                 loss_weight=loss_weight,
                 symmetry_weight=symmetry_weight,
-                diagonal_weight=diagonal_weight).items():
+                diagonal_weight=diagonal_weight,
+                margin=margin).items():
             require_number(f'dp_loss.{name}', weight, 0)
+        require(form == 'bounded' or margin == 0, 'dp_loss.margin', margin,
+                "0, for form='paper' has no margin")
         require_int('dp_loss.warmup_iters', warmup_iters, 0)
         if isinstance(layers, str):
             require(layers in ('la', 'all'), 'dp_loss.layers', layers,
@@ -84,6 +91,7 @@ class DiagonalityPreservingLoss(nn.Module):
         self.loss_weight = loss_weight
         self.symmetry_weight = symmetry_weight
         self.diagonal_weight = diagonal_weight
+        self.margin = margin
         self.layers = layers
         self.warmup_iters = warmup_iters
         # Of the forwards since the model's last training loss began.
@@ -124,12 +132,13 @@ class DiagonalityPreservingLoss(nn.Module):
         """The loss of square raw scores (B, heads, M, M)."""
         a = s.softmax(dim=-1) if self.form == 'bounded' else s
         diagonal = a.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-        excess = a - diagonal  # 0 on the diagonal itself
+        excess = (a - diagonal).sum(dim=-1)  # 0 on the diagonal itself
         if self.form == 'bounded':
-            excess = excess.relu()
+            margin = self.margin / s.shape[-1]
+            excess = (a - diagonal + margin).relu().sum(dim=-1) - margin
         rows = (
             self.symmetry_weight * (a - a.mT).abs().sum(dim=-1) +
-            self.diagonal_weight * excess.sum(dim=-1))  # (B, heads, M)
+            self.diagonal_weight * excess)  # (B, heads, M)
         if self.form == 'paper':
             rows = rows.sum(dim=-1)
         return rows.mean()
@@ -172,7 +181,7 @@ class DiagonalityPreservingLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return (f'form={self.form!r}, loss_weight={self.loss_weight}, '
-                f'layers={self.layers!r}')
+                f'margin={self.margin}, layers={self.layers!r}')
 
 
 def dp_losses_in(model: nn.Module) -> Iterator[DiagonalityPreservingLoss]:

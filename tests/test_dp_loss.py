@@ -57,6 +57,19 @@ def test_bounded_form_of_a_hand_computed_example():
     assert of('bounded', s, diagonal_weight=3) == pytest.approx((.6 + .6) / 2)
 
 
+def test_margin_of_a_hand_computed_example():
+    # by the mean entry, 1/2: .3 - .7 + .5 and .6 - .4 + .5
+    s = [[math.log(.7), math.log(.3)], [math.log(.6), math.log(.4)]]
+    assert of('bounded', s, margin=1.) == pytest.approx(
+        (.3 + .3 + .1 + .7) / 2)
+    # Only a margin tells the uniform map from one with a dominant diagonal.
+    uniform = [[0.] * 4] * 4
+    assert of('bounded', uniform) == pytest.approx(0)
+    assert of('bounded', uniform, margin=1.) == pytest.approx(3 / 4)
+    assert of('bounded', circulant(5., 0., 0., 0.), margin=1.) == (
+        pytest.approx(0, abs=1e-12))
+
+
 def test_paper_form_of_a_hand_computed_example():
     # |2 - 4| twice; (2 - 1) + (4 - 3)
     s = [[1., 2.], [4., 3.]]
@@ -381,6 +394,8 @@ def test_total_gradient_is_task_plus_dp_in_each_toolbox(name, amp):
     (dict(symmetry_weight=None), TypeError, ('symmetry_weight=None', )),
     (dict(diagonal_weight=math.nan), ValueError, ('diagonal_weight=nan', )),
     (dict(warmup_iters=1.5), TypeError, ('warmup_iters=1.5', 'integer')),
+    (dict(margin=-1.), ValueError, ('margin=-1.0', 'at least 0')),
+    (dict(margin=1., form='paper'), ValueError, ('margin=1.0', 'paper')),
     (dict(layers='va'), ValueError, ("layers='va'", "'la', 'all'")),
     (dict(layers=3), TypeError, ('layers=3', 'sequence')),
     (dict(layers=[9]), ValueError, ('layers=(9,)', '0 to 8')),

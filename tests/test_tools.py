@@ -179,7 +179,10 @@ def test_slurm_passes_everything_on(tmp_path):
 
 def test_two_cpu_processes_train_resume_and_test(digits, tmp_path, free_port):
     """The whole chain over gloo, from the COCO config's child."""
-    config = Config.fromfile(ROOT / 'configs/retinanet_lavit_digits.py')
+    (tmp_path / 'digits.py').write_text(
+        f"_base_ = {str(ROOT / 'configs/retinanet_lavit_digits.py')!r}\n"
+        'model = dict(backbone=dict(dp_loss=dict(_delete_=True)))\n')
+    config = Config.fromfile(tmp_path / 'digits.py')
     work_dir, env = tmp_path / 'work', dict(
         PORT=str(free_port), CUDA_VISIBLE_DEVICES='')
     options = ['--cfg-options', 'train_cfg.val_interval=1',
@@ -192,14 +195,22 @@ def test_two_cpu_processes_train_resume_and_test(digits, tmp_path, free_port):
         options.append(f'{key}.ann_file={digits}/annotations/val.json')
     assert config.train_cfg.max_epochs > 2
 
-    train = ['bash', 'tools/dist_train.sh',
-             'configs/retinanet_lavit_digits.py', '2', '--work-dir', work_dir]
+    train = ['bash', 'tools/dist_train.sh', config.filename, '2', '--work-dir',
+             work_dir]
     log = run(*train, *options, 'train_cfg.max_epochs=1', **env)
     assert 'Distributed launcher: pytorch' in log
     assert 'GPU number: 2' in log
     log = run(*train, '--resume', *options, 'train_cfg.max_epochs=2', **env)
     assert 'resumed epoch: 1, iter: 2' in log
     assert (work_dir / 'epoch_2.pth').is_file()
+    lines = [json.loads(line)
+             for path in work_dir.glob('*/vis_data/scalars.json')
+             for line in path.read_text().splitlines()]
+    trained = [line for line in lines if 'loss' in line]
+    assert trained
+    for line in trained:  # rounded there
+        assert line['loss'] == pytest.approx(
+            line['loss_cls'] + line['loss_bbox'] + line['loss_dp'], rel=1e-3)
 
     # The stock tool, unchanged, gets the same result from the checkpoint.
     results = []

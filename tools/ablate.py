@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = {
     'LaViT': {},
     'no DP loss': dict(dp_loss=None),
+    'DP loss, margin 1': dict(dp_loss=dict(margin=1.)),
     'DP loss, paper form': dict(dp_loss=dict(form='paper', loss_weight=1e-4)),
     'identity': dict(transform='identity'),
     're-attention': dict(transform='re_attention'),

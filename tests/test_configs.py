@@ -11,6 +11,7 @@ from torch import nn
 
 import mmlavit  # noqa: F401  (registers LaViT for the stock configs)
 from builders import BATCHES
+from mmlavit.building import build_model
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / 'configs').rglob('*.py'))
@@ -29,16 +30,8 @@ def load(path: Path) -> Config:
 
 
 def build(config: Config) -> nn.Module:
-    model = config.model
-    if 'backbone' in model:
-        model.backbone.init_cfg = None
-    if 'data_preprocessor' in config:
-        model.setdefault('data_preprocessor', config.data_preprocessor)
-    for head in ('decode_head', 'auxiliary_head'):
-        if head in model:  # as mmlavit.launch does it without a GPU
-            model[head].norm_cfg.type = 'BN'
     torch.manual_seed(0)
-    model = MODELS.build(model)
+    model = build_model(config)
     model.init_weights()
     return model
 

@@ -30,12 +30,12 @@ import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
 from mmengine.analysis import get_model_complexity_info  # noqa: E402
 from mmengine.config import Config  # noqa: E402
-from mmengine.registry import MODELS, init_default_scope  # noqa: E402
 from mmengine.runner import Runner, load_checkpoint  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import mmlavit  # noqa: E402,F401  (registers LaViT)
 from mmlavit.analysis import Similarity  # noqa: E402
+from mmlavit.building import build_model  # noqa: E402
 from mmlavit.lavit import resolve_arch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -191,9 +191,7 @@ def mean(values: list) -> Optional[float]:
 def analyse(args, variant: str, seed: int) -> dict:
     """Parameters, MACs, and similarities on validation images."""
     config = make_config(args, variant, seed)
-    init_default_scope(config.default_scope)
-    config.model.setdefault('data_preprocessor', config.data_preprocessor)
-    model = MODELS.build(config.model).eval()
+    model = build_model(config).eval()
     work_dir = folder(args, variant, seed)
     load_checkpoint(model, str(work_dir / f'epoch_{args.epochs}.pth'),
                     map_location='cpu')

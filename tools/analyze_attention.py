@@ -29,13 +29,13 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from mmengine.config import Config  # noqa: E402
-from mmengine.registry import MODELS, init_default_scope  # noqa: E402
 from mmengine.runner import load_checkpoint  # noqa: E402
 from torch import nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import mmlavit  # noqa: E402,F401  (registers LaViT)
 from mmlavit.analysis import MEASURES, Similarity, observe_layers  # noqa: E402
+from mmlavit.building import build_model  # noqa: E402
 
 SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff'}
 TITLES = dict(
@@ -48,16 +48,8 @@ TITLES = dict(
 
 def build(config: str, checkpoint: str, device: str) -> nn.Module:
     """The model of a config, in eval mode."""
-    config = Config.fromfile(config)
-    init_default_scope(config.default_scope)
-    model = config.model
-    for key in ('backbone', 'decode_head', 'auxiliary_head'):
-        if key in model:
-            model[key].pop('init_cfg', None)
-    if 'data_preprocessor' in config:
-        model.setdefault('data_preprocessor', config.data_preprocessor)
     torch.manual_seed(0)
-    model = MODELS.build(model)
+    model = build_model(Config.fromfile(config))
     model.init_weights()
     if checkpoint != 'none':
         load_checkpoint(model, checkpoint, map_location='cpu')

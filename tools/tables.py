@@ -26,10 +26,10 @@ import torch
 import yaml
 from mmengine.analysis import get_model_complexity_info
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
 from tqdm import tqdm
 
 import mmlavit  # noqa: F401  (registers LaViT)
+from mmlavit.building import build_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,20 +61,9 @@ TOLERANCE = 0.05  # at which a count is said to agree with the published
 
 def measure(config: Path, sizes: Tuple[Tuple[int, int], ...]) -> dict:
     """Parameters in millions and multiply-adds in G at every input size."""
-    config = Config.fromfile(config)
-    init_default_scope(config.default_scope)
-    model = config.model
-    for key in ('backbone', 'decode_head', 'auxiliary_head'):
-        if key in model:
-            model[key].pop('init_cfg', None)
-            # Counted the same; SyncBN has no CPU kernel.
-            if model[key].get('norm_cfg', {}).get('type') == 'SyncBN':
-                model[key].norm_cfg.type = 'BN'
-    if 'data_preprocessor' in config:
-        model.setdefault('data_preprocessor', config.data_preprocessor)
+    model = build_model(Config.fromfile(config)).eval()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter('ignore')
-        model = MODELS.build(model).eval()
         counts = [
             get_model_complexity_info(
                 model,

@@ -133,25 +133,19 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def reset_peak(device: str) -> None:
+def peak_memory(step: Callable[[], None], device: str) -> Optional[float]:
+    """What a step needs beside the weights, in MB.
+
+    None on the CPU: its allocator keeps and reuses what the other models freed.
+    """
+    if device != 'cuda':
+        return None
     gc.collect()
-    if device == 'cuda':
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        # The kernel's high-water mark of this process starts anew.
-        with contextlib.suppress(OSError):
-            Path('/proc/self/clear_refs').write_text('5')
-
-
-def peak_memory(device: str) -> float:
-    """In MB: allocated on the GPU; of the whole process on the CPU."""
-    if device == 'cuda':
-        return torch.cuda.max_memory_allocated() / 1e6
-    with contextlib.suppress(OSError):
-        for line in Path('/proc/self/status').read_text().splitlines():
-            if line.startswith('VmHWM'):
-                return int(line.split()[1]) / 1e3
-    return float('nan')
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 def count(model: nn.Module, size: tuple) -> Optional[float]:
@@ -184,17 +178,12 @@ def compare(names: List[str], size: tuple, args) -> Dict[str, dict]:
                 times[name].append(time.perf_counter() - begin)
     results = {}
     for name, step in steps.items():
-        reset_peak(args.device)
-        before = (torch.cuda.memory_allocated() / 1e6
-                  if args.device == 'cuda' else peak_memory(args.device))
-        step()
-        synchronise(args.device)
         median = statistics.median(times[name])
         low, *_, high = statistics.quantiles(times[name], n=10)
         results[name] = dict(
             ms=1e3 * median, ms_p10=1e3 * low, ms_p90=1e3 * high,
             images_per_s=args.batch_size / median,
-            memory_mb=peak_memory(args.device) - before,
+            memory_mb=peak_memory(step, args.device),
             params_m=sum(p.numel()
                          for p in models[name].parameters()) / 1e6,
             gmacs=None if args.no_macs else count(models[name], size))
@@ -207,9 +196,10 @@ def table(results: Dict[str, dict]) -> str:
              f'{"MB":>8}{"params M":>10}{"GMACs":>8}{"speed ratio":>13}']
     for name, r in results.items():
         macs = '' if r['gmacs'] is None else f'{r["gmacs"]:.2f}'
+        memory = '' if r['memory_mb'] is None else f'{r["memory_mb"]:.0f}'
         lines.append(
             f'{name:<22}{r["ms"]:9.1f}{r["ms_p10"]:9.1f}{r["ms_p90"]:9.1f}'
-            f'{r["images_per_s"]:10.2f}{r["memory_mb"]:8.0f}'
+            f'{r["images_per_s"]:10.2f}{memory:>8}'
             f'{r["params_m"]:10.2f}{macs:>8}'
             f'{r["images_per_s"] / first["images_per_s"]:13.2f}')
     return '\n'.join(lines)
@@ -225,8 +215,12 @@ def plot(results: Dict[str, Dict[str, dict]], path: Path) -> None:
         ax.invert_yaxis()
         ax.set_xlabel('images/s')
     else:
-        fig, axes = plt.subplots(1, 2, figsize=(11, 4.2))
-        for ax, key in zip(axes, ('ms', 'memory_mb')):
+        first = next(iter(results.values()))[names[0]]
+        keys = ['ms'] + ['memory_mb'] * (first['memory_mb'] is not None)
+        fig, axes = plt.subplots(1, len(keys), squeeze=False,
+                                 figsize=(5.5 * len(keys), 4.2))
+        axes = axes[0]
+        for ax, key in zip(axes, keys):
             for name in names:
                 sizes = [tuple(map(int, s.split('x'))) for s in results]
                 ax.loglog([h * w for h, w in sizes],

@@ -1,0 +1,48 @@
+"""tools/benchmark.py: what it compares, not how fast that is."""
+import json
+import runpy
+from pathlib import Path
+
+import cv2
+import pytest
+
+ROOT = Path(__file__).parents[1]
+tool = runpy.run_path(str(ROOT / 'tools/benchmark.py'))
+
+
+@pytest.mark.parametrize('options', [[], ['--train']])
+def test_models_are_compared_in_one_run(options, tmp_path, capsys):
+    names = ['LaViT-T', str(ROOT / 'configs/retinanet_lavit_t_coco.py'),
+             'ConvNeXt-T']
+    tool['main']([*names, '--size', '64', '64', '--batch-size', '2', '--rounds',
+                  '2', '--warmup', '0', '--device', 'cpu', '--out',
+                  str(tmp_path), *options])
+    saved = json.loads((tmp_path / 'benchmark.json').read_text())
+    results = saved['results']['64x64']
+    assert list(results) == names
+    for result in results.values():
+        assert result['ms_p10'] <= result['ms'] <= result['ms_p90']
+        assert result['images_per_s'] == pytest.approx(2e3 / result['ms'])
+    # Without a head; the detector's backbone lacks the first stage's norm.
+    assert results['LaViT-T']['params_m'] == pytest.approx(10.53, abs=.01)
+    assert 0 < results['LaViT-T']['params_m'] - results[names[1]]['params_m'] < (
+        1e-3)
+    assert results['LaViT-T']['gmacs'] > .1
+    assert cv2.imread(str(tmp_path / 'benchmark.png')).std() > 10
+    assert 'speed ratio' in capsys.readouterr().out
+
+
+def test_twins_have_vanilla_attention_alone():
+    for arch in ('T', 'S', 'B'):
+        args = tool['parse_args'](['--device', 'cpu'])
+        model = tool['build'](f'LaViT-{arch}-twin', args)
+        kinds = {type(block.attn).__name__ for stage in model.stages
+                 for block in stage.blocks}
+        assert kinds == {'VanillaAttention'}
+        assert all(stage.downsample is None for stage in model.stages)
+
+
+def test_unknown_models_are_named():
+    args = tool['parse_args'](['--device', 'cpu'])
+    with pytest.raises(SystemExit, match='NoNet: expected the path.*LaViT-S'):
+        tool['build']('NoNet', args)

@@ -26,8 +26,8 @@ MEASURES = ('map_similarity_to_previous', 'head_similarity',
 class Layer(NamedTuple):
     """One attention layer's state for a batch.
 
-    `scores` and `probabilities` compute on demand; what a caller does not keep is
-    freed before the next layer runs.
+    Maps are computed on demand; what a caller does not keep is freed before the
+    next layer runs.
     """
     name: str  # its module's, such as 'stages.2.blocks.1'
     stage: int

@@ -132,13 +132,15 @@ class DiagonalityPreservingLoss(nn.Module):
         """The loss of square raw scores (B, heads, M, M)."""
         a = s.softmax(dim=-1) if self.form == 'bounded' else s
         diagonal = a.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-        excess = (a - diagonal).sum(dim=-1)  # 0 on the diagonal itself
+        margin = self.margin / s.shape[-1]
+        excess = a - diagonal + margin
         if self.form == 'bounded':
-            margin = self.margin / s.shape[-1]
-            excess = (a - diagonal + margin).relu().sum(dim=-1) - margin
+            excess = excess.relu()
         rows = (
             self.symmetry_weight * (a - a.mT).abs().sum(dim=-1) +
-            self.diagonal_weight * excess)  # (B, heads, M)
+            # but for the diagonal itself, which is the margin
+            self.diagonal_weight * (excess.sum(dim=-1) - margin))
+        # (B, heads, M)
         if self.form == 'paper':
             rows = rows.sum(dim=-1)
         return rows.mean()
@@ -151,8 +153,6 @@ class DiagonalityPreservingLoss(nn.Module):
         if not self.collects:
             self.values = []
         stages = [torch.stack(losses) for losses in stages if losses]
-        if not stages:
-            return  # not training, or all of them are frozen
         if self.form == 'bounded':
             value = torch.stack([x.mean() for x in stages]).mean()
         else:

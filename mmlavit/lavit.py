@@ -458,7 +458,7 @@ class LaViT(BaseModule):
                 outs.append(
                     to_map(out, grid).contiguous(memory_format=memory_format))
             x = to_map(x, grid)
-        if self.dp_loss is not None:
+        if any(dp_losses):
             self.dp_loss.hold(dp_losses)
         return tuple(outs)
 

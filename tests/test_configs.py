@@ -1,4 +1,6 @@
 """Every config builds its model on the stock bases and trains a step."""
+import copy
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -23,8 +25,11 @@ SIZES = {'mmdet': (96, 128), 'mmseg': (64, 64), 'mmpretrain': (64, 64),
          'swin-t_in1k': (224, 224), 'deit-s_in1k': (224, 224)}
 
 
+read = functools.lru_cache(maxsize=None)(Config.fromfile)
+
+
 def load(path: Path) -> Config:
-    config = Config.fromfile(path)
+    config = copy.deepcopy(read(path))
     init_default_scope(config.default_scope)
     return config
 
@@ -195,6 +200,15 @@ def test_coco_configs_follow_the_published_schedule(name):
     assert config.auto_scale_lr.base_batch_size == 16
     kinds = [step.type for step in config.train_dataloader.dataset.pipeline]
     assert ('RandomResize' in kinds) == ('3x' in name)
+
+
+def test_building_leaves_the_config_as_it_is():
+    config = load(ROOT / 'configs/semantic_fpn_lavit_t_ade20k.py')
+    before = config.pretty_text
+    model = build_model(config)
+    assert config.pretty_text == before
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+    assert model.backbone.init_cfg is None
 
 
 def test_norms_and_biases_have_no_weight_decay():

@@ -1,4 +1,4 @@
-"""Speed and memory of backbones beside each other, in one run.
+"""Speed, and on GPUs memory, of backbones beside each other, in one run.
 
     python tools/benchmark.py                                   # LaViT-S and its peers
     python tools/benchmark.py LaViT-S PVTv2-B2 --size 800 1344 --batch-size 1 --train

@@ -243,8 +243,6 @@ def run(rows: List[dict], trainings: dict, args: argparse.Namespace) -> None:
 
 def pretrained_in(config: Path, args: argparse.Namespace) -> List[str]:
     """Where --work-dirs has the pre-training that a config expects in work_dirs."""
-    if '--cfg-options' in args.train_args:
-        return []
     init_cfg = Config.fromfile(config).model.get('backbone', {}).get('init_cfg')
     checkpoint = Path((init_cfg or {}).get('checkpoint', ''))
     if checkpoint.parts[:1] != ('work_dirs', ):

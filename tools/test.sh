@@ -5,4 +5,6 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 export PATH="$PWD/$VENV/bin:$PATH"
-python -m pytest tests "$@"
+# One process a core: small models gain little from threads.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+python -m pytest tests -n auto --maxprocesses 8 --dist worksteal "$@"

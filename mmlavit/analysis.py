@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import (FactoredScores, Grid, LayerScores, LessAttention,
-                        merge_heads, pool_tokens, split_heads)
+                        merge_heads, pool_tokens, pooled_grid,
+                        split_heads)
 from .lavit import Block
 
 MEASURES = ('map_similarity_to_previous', 'head_similarity',
@@ -40,7 +41,7 @@ class Layer(NamedTuple):
 
     @property
     def key_grid(self) -> Grid:
-        return tuple(-(-size // self.ratio) for size in self.grid)
+        return pooled_grid(self.grid, self.ratio)
 
     def attention_of(self, queries: Sequence[int]) -> Tensor:
         """Attention maps (B, heads, len(queries), M) of chosen queries."""
@@ -111,7 +112,7 @@ def lavit_hook(name: str, callback: Callable) -> Callable:
         attn = block.attn
         kind = 'LA' if isinstance(attn, LessAttention) else 'VA'
         stage = int(name.split('stages.')[1].split('.')[0])
-        callback(Layer(name, stage, kind, args[1], attn.sr_ratio, tokens,
+        callback(Layer(name, stage, kind, args[1], attn.ratio(args[1]), tokens,
                        scores, attn.probabilities))
 
     return hook

@@ -10,6 +10,7 @@ they are linear, ``S = Q K^T`` gives ``S_l = (Psi Q) (Theta K)^T`` exactly. So
 there are two representations of scores with one interface: `FactoredScores`
 carries Q and K, `MaterialisedScores` the ``N x M`` matrix of the formula.
 """
+import functools
 from typing import NamedTuple, Optional, Tuple, Union
 
 import torch
@@ -18,12 +19,14 @@ from mmcv.cnn import build_norm_layer
 from mmengine.utils.dl_utils.parrots_wrapper import (_BatchNorm,
                                                        _InstanceNorm)
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Grid = Tuple[int, int]
 
-# Entries per head up to which score_path='auto' builds a matrix: 8 MB in
-# float32. It bounds the memory, which is else linear in the pixels.
-MAX_BUILT_SCORES = 2**21
+# Entries of the score matrices that score_path='auto' builds at once: 4 MB in
+# float32, which stay in a CPU's cache; a GPU wants larger pieces. It bounds the
+# memory, which is else linear in the pixels.
+MAX_BUILT_SCORES = dict(cpu=2**20, gpu=2**25)
 
 
 def to_map(x: Tensor, grid: Grid) -> Tensor:
@@ -46,6 +49,10 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def pooled_grid(grid: Grid, ratio: int) -> Grid:
+    return tuple(-(-size // ratio) for size in grid)
+
+
 def pool_tokens(x: Tensor, grid: Grid, ratio: int) -> Tensor:
     """(B, N, C) -> (B, M, C): means over the region that each key stands for."""
     if ratio == 1:
@@ -53,6 +60,17 @@ def pool_tokens(x: Tensor, grid: Grid, ratio: int) -> Tensor:
     return to_tokens(
         F.avg_pool2d(
             to_map(x, grid), ratio, ceil_mode=True, count_include_pad=False))
+
+
+def key_ratio(grid: Grid, sr_ratio: int, max_key_grid: Optional[int]) -> int:
+    """Query rows, and columns, that share a key: the ratio or a multiple of it.
+
+    The smallest multiple that keeps the key grid within ``max_key_grid``. Stages
+    whose total stride times ``sr_ratio`` is the same get the same key grid.
+    """
+    if max_key_grid is None:
+        return sr_ratio
+    return sr_ratio * -(-max(grid) // (sr_ratio * max_key_grid))
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -216,7 +234,9 @@ class MaterialisedScores(NamedTuple):
 
 def mix_heads(scores: Tensor, mix: Tensor) -> Tensor:
     """A 1x1 convolution over heads: (B, h, N, M), (h', h) -> (B, h', N, M)."""
-    return torch.matmul(mix, scores.flatten(2)).unflatten(2, scores.shape[2:])
+    # bmm on an expanded weight: matmul would transpose and copy the scores.
+    weight = mix.expand(len(scores), -1, -1)
+    return torch.bmm(weight, scores.flatten(2)).unflatten(2, scores.shape[2:])
 
 
 Scores = Union[FactoredScores, MaterialisedScores]
@@ -232,7 +252,8 @@ class LayerScores(NamedTuple):
 
     def dense(self) -> Tensor:
         """The score matrix (B, heads, N, M)."""
-        return sum(part.dense() for part in self.parts())
+        return functools.reduce(torch.add,
+                                (part.dense() for part in self.parts()))
 
     def rows(self, start: int, stop: int) -> 'LayerScores':
         """The scores of some of the queries."""
@@ -321,68 +342,134 @@ class Attention(nn.Module):
         dims (int): Number of channels.
         num_heads (int): Number of heads.
         sr_ratio (int): Spatial reduction of keys and values; 1 for none.
-        qkv_bias (bool): Whether the input projections have a bias.
+        max_key_grid (int, optional): Largest side of the key grid; see `LaViT`.
         attn_drop (float): Dropout rate of the attention probabilities.
         proj_drop (float): Dropout rate of the output.
         norm_cfg (dict): Config of the norm behind the spatial reduction.
         score_path (str): 'auto', 'factored' or 'materialised'; see `LaViT`.
+        reduction (str): 'conv', a strided convolution and a norm, or 'pool',
+            means over the same windows. Defaults to 'conv'.
     """
 
-    def __init__(self, dims: int, num_heads: int, sr_ratio: int,
-                 qkv_bias: bool, attn_drop: float, proj_drop: float,
-                 norm_cfg: dict, score_path: str) -> None:
+    def __init__(self,
+                 dims: int,
+                 num_heads: int,
+                 sr_ratio: int,
+                 max_key_grid: Optional[int],
+                 attn_drop: float,
+                 proj_drop: float,
+                 norm_cfg: dict,
+                 score_path: str,
+                 reduction: str = 'conv') -> None:
         super().__init__()
         self.num_heads = num_heads
         self.sr_ratio = sr_ratio
+        self.max_key_grid = max_key_grid
         self.attn_drop = attn_drop
         self.score_path = score_path
-        if sr_ratio > 1:
-            self.reduction = SpatialReduction(dims, sr_ratio, norm_cfg)
+        self.reduction = (
+            SpatialReduction(dims, sr_ratio, norm_cfg)
+            if sr_ratio > 1 and reduction == 'conv' else None)
         self.proj = nn.Linear(dims, dims)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def reduce(self, x: Tensor, grid: Grid) -> Tensor:
-        return self.reduction(x, grid) if self.sr_ratio > 1 else x
+    def ratio(self, grid: Grid) -> int:
+        """Query rows, and columns, of ``grid`` that share a key."""
+        return key_ratio(grid, self.sr_ratio, self.max_key_grid)
 
     def key_grid(self, grid: Grid) -> Grid:
-        return tuple(-(-size // self.sr_ratio) for size in grid)
+        return pooled_grid(grid, self.ratio(grid))
+
+    def reduce(self, x: Tensor, grid: Grid) -> Tensor:
+        """(B, N, C) -> (B, M, C), what keys and values are projected from."""
+        if self.reduction is None:
+            return pool_tokens(x, grid, self.ratio(grid))
+        # max_key_grid is kept by a mean before the convolution.
+        factor = self.ratio(grid) // self.sr_ratio
+        return self.reduction(
+            pool_tokens(x, grid, factor), pooled_grid(grid, factor))
 
     def aggregate(self, scores: LayerScores, v: Tensor) -> Tensor:
         """Z = softmax(S) V and its projection; v (B, M, C) -> (B, N, C)."""
         v = split_heads(v, self.num_heads)
-        dropout = self.attn_drop if self.training else 0.
-        if self.builds_scores(scores):
+        if self.builds_map():
             attn = self.probabilities(scores)
-            z = F.dropout(attn, dropout).to(v.dtype) @ v
+            z = F.dropout(attn, self.dropout).to(v.dtype) @ v
+        elif self.score_path == 'auto' and scores.inherited is not None:
+            z = self.attend_in_pieces(scores, v)
         else:
-            # One product of the factors side by side is the sum of the parts.
-            q, k = (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
-                    for parts in zip(*(p.expand() for p in scores.parts())))
-            z = F.scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout, scale=1.)
+            z = self.attend_factored(scores, v)
         return self.proj_drop(self.proj(merge_heads(z)))
+
+    @property
+    def dropout(self) -> float:
+        return self.attn_drop if self.training else 0.
+
+    def builds_map(self) -> bool:
+        """Whether the whole attention map is built in this layer."""
+        return self.score_path == 'materialised'
 
     def probabilities(self, scores: LayerScores) -> Tensor:
         """The attention map (B, heads, N, M)."""
         return scores.dense().softmax(dim=-1)
 
-    def builds_scores(self, scores: LayerScores) -> bool:
-        """Whether the N x M score matrix is built in this layer."""
-        if self.score_path == 'auto' and scores.own is None:
-            # Inherited scores alone: their factors are as wide as the stage
-            # before, so building the matrix takes a fifth of the products, and
-            # it is small here. Measured faster at 224 and at 800 x 1344.
-            q, k = scores.inherited.q, scores.inherited.k
-            return q.shape[1] * k.shape[1] <= MAX_BUILT_SCORES
-        return self.score_path == 'materialised'
+    def attend_factored(self, scores: LayerScores, v: Tensor) -> Tensor:
+        """softmax(S) V of factors alone; v (B, heads, M, d), as the result."""
+        # One product of the factors side by side is the sum of the parts.
+        q, k = (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+                for parts in zip(*(p.expand() for p in scores.parts())))
+        dims = v.shape[-1]
+        if v.device.type == 'cpu':
+            # Its fused kernel asks for equal widths; the fallback builds S.
+            v = F.pad(v, (0, q.shape[-1] - dims))
+        return F.scaled_dot_product_attention(
+            q, k, v, dropout_p=self.dropout, scale=1.)[..., :dims]
+
+    def attend_in_pieces(self, scores: LayerScores, v: Tensor) -> Tensor:
+        """`attend_factored` where scores are inherited, some queries at a time.
+
+        The inherited factors are as wide as the whole stage before; their
+        matrix, from the heads they had there, takes a fraction of the products.
+        """
+        queries, keys = (x.shape[1] for x in scores.inherited[:2])
+        most = MAX_BUILT_SCORES['cpu' if v.device.type == 'cpu' else 'gpu']
+        rows = max(1, most // (v.shape[0] * self.num_heads * keys))
+        if queries <= rows:
+            return self.attend_mixed(scores, v)
+        if torch.compiler.is_compiling():
+            # The number of pieces would be built into the graph.
+            return self.attend_factored(scores, v)
+        pieces = []
+        for start in range(0, queries, rows):
+            piece = scores.rows(start, start + rows)
+            pieces.append(
+                checkpoint(self.attend_mixed, piece, v, use_reentrant=False)
+                if torch.is_grad_enabled() else self.attend_mixed(piece, v))
+        return torch.cat(pieces, dim=2)
+
+    def attend_mixed(self, scores: LayerScores, v: Tensor) -> Tensor:
+        """`attend_factored` with the inherited part as a matrix."""
+        inherited = scores.inherited.dense()
+        if scores.own is None:
+            attn = F.dropout(inherited.softmax(dim=-1), self.dropout)
+            return attn.to(v.dtype) @ v
+        q, k = scores.own.expand()
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=inherited, dropout_p=self.dropout, scale=1.)
 
 
 class VanillaAttention(Attention):
-    """VA: scores from this layer's own Q and K, ``S = Q K^T / sqrt(d)``."""
+    """VA: scores from this layer's own Q and K, ``S = Q K^T / sqrt(d)``.
 
-    def __init__(self, dims: int, num_heads: int, sr_ratio: int,
-                 qkv_bias: bool, *args, **kwargs) -> None:
-        super().__init__(dims, num_heads, sr_ratio, qkv_bias, *args, **kwargs)
+    Arguments as for `Attention`, and:
+
+    Args:
+        qkv_bias (bool): Whether the q, k, v projections have a bias.
+    """
+
+    def __init__(self, dims: int, num_heads: int, *args, qkv_bias: bool,
+                 **kwargs) -> None:
+        super().__init__(dims, num_heads, *args, **kwargs)
         self.scale = (dims // num_heads)**-0.5
         self.q = nn.Linear(dims, dims, bias=qkv_bias)
         self.kv = nn.Linear(dims, dims * 2, bias=qkv_bias)
@@ -426,6 +513,7 @@ class LessAttention(Attention):
     Arguments as for `Attention`, and:
 
     Args:
+        qkv_bias (bool): Whether the v projection has a bias.
         q_base_grid (tuple[int, int]): Base grid of Psi.
         k_base_grid (tuple[int, int]): Base grid of Theta.
         transform (str): 'token_mix': ``S_l = Psi(Theta(S_{l-1})^T)^T``, the
@@ -437,14 +525,13 @@ class LessAttention(Attention):
     def __init__(self,
                  dims: int,
                  num_heads: int,
-                 sr_ratio: int,
-                 qkv_bias: bool,
                  *args,
+                 qkv_bias: bool,
                  q_base_grid: Grid,
                  k_base_grid: Grid,
                  transform: str = 'token_mix',
                  **kwargs) -> None:
-        super().__init__(dims, num_heads, sr_ratio, qkv_bias, *args, **kwargs)
+        super().__init__(dims, num_heads, *args, **kwargs)
         self.transform = transform
         self.v = nn.Linear(dims, dims, bias=qkv_bias)
         if transform == 'token_mix':
@@ -469,6 +556,5 @@ class LessAttention(Attention):
             return self.re_attention(attn)
         return attn
 
-    def builds_scores(self, scores: LayerScores) -> bool:
-        return (self.transform == 're_attention'
-                or super().builds_scores(scores))
+    def builds_map(self) -> bool:
+        return self.transform == 're_attention' or super().builds_map()

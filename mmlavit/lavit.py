@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import (AttentionDownsample, Grid, LayerScores, LessAttention,
-                        Scores, VanillaAttention, normalise, to_map, to_tokens)
+                        Scores, VanillaAttention, key_ratio, normalise, to_map,
+                        to_tokens)
 from .checks import require, require_int, require_ints, require_number
 from .dp_loss import DiagonalityPreservingLoss
 
@@ -41,6 +42,7 @@ ARCH_DEFAULTS = dict(
     mlp_ratios=(4, 4, 4, 4), patch_sizes=(7, 3, 3, 3), strides=(4, 2, 2, 2))
 
 SCORE_PATHS = ('auto', 'factored', 'materialised')
+VALUE_REDUCTIONS = ('conv', 'pool')
 TRANSFORMS = ('token_mix', 'identity', 're_attention')
 
 
@@ -185,7 +187,7 @@ class Stage(nn.Module):
                 scores = LayerScores()  # only the first VA layer has a residual
             x, scores = block(x, grid, scores)
             if dp_loss is not None and self.dp_layers[i]:
-                args = scores, grid, block.attn.sr_ratio
+                args = scores, grid, block.attn.ratio(grid)
                 dp_losses.append(
                     checkpoint(dp_loss, *args, use_reentrant=False)
                     if block.with_cp else dp_loss(*args))
@@ -241,6 +243,17 @@ class LaViT(BaseModule):
             'auto'.
         max_query_grid (int): Largest side of Psi's base grid, in tokens.
             Defaults to 14.
+        max_key_grid (int, optional): Largest side of the key grid, in tokens.
+            Where an input would have more keys, tokens are averaged before the
+            spatial reduction, in the smallest square windows that suffice, so
+            that time is linear in the pixels (our choice). 14 changes nothing up
+            to 448 x 448. Weights fit any value that leaves the key grid of
+            ``pretrain_img_size`` as it is. Defaults to None: as many keys as
+            ``sr_ratios`` leaves.
+        value_reduction (str): How LA layers reduce the tokens that their values
+            are projected from: 'conv' as VA layers do, or 'pool', means over
+            the same windows, without parameters and nearly without cost (our
+            choice). Defaults to 'conv'.
         qkv_bias (bool): Whether the q, k, v projections have a bias. Defaults
             to True.
         drop_rate (float): Dropout behind projections and in the FFN. Defaults
@@ -290,6 +303,8 @@ class LaViT(BaseModule):
                  dp_loss: Optional[dict] = None,
                  score_path: str = 'auto',
                  max_query_grid: int = 14,
+                 max_key_grid: Optional[int] = None,
+                 value_reduction: str = 'conv',
                  qkv_bias: bool = True,
                  drop_rate: float = 0.,
                  attn_drop_rate: float = 0.,
@@ -306,6 +321,8 @@ class LaViT(BaseModule):
         require_int('in_channels', in_channels, 1)
         require_int('pretrain_img_size', pretrain_img_size, 1)
         require_int('max_query_grid', max_query_grid, 1)
+        if max_key_grid is not None:
+            require_int('max_key_grid', max_key_grid, 1)
         require_int('frozen_stages', frozen_stages, -1, num_stages - 1)
         for name, rate in dict(
                 drop_rate=drop_rate,
@@ -314,6 +331,8 @@ class LaViT(BaseModule):
             require_number(name, rate, 0, 1)
         require(transform in TRANSFORMS, 'transform', transform,
                 f'one of {TRANSFORMS}')
+        require(value_reduction in VALUE_REDUCTIONS, 'value_reduction',
+                value_reduction, f'one of {VALUE_REDUCTIONS}')
         require(score_path in SCORE_PATHS, 'score_path', score_path,
                  f'one of {SCORE_PATHS}')
         out_indices = require_ints('out_indices', out_indices, 0,
@@ -351,17 +370,28 @@ class LaViT(BaseModule):
             total_stride = math.prod(strides[:i + 1])
             # Grids of the pre-training size, on which Psi and Theta are learned
             q_side = math.ceil(pretrain_img_size / total_stride)
-            k_side = math.ceil(q_side / sr_ratios[i])
+            k_side = math.ceil(
+                q_side /
+                key_ratio((q_side, q_side), sr_ratios[i], max_key_grid))
             q_side = min(q_side, max_query_grid)
-            common = (embed_dims[i], heads[i], sr_ratios[i], qkv_bias,
-                      attn_drop_rate, drop_rate, norm_cfg, score_path)
+            common = dict(
+                dims=embed_dims[i],
+                num_heads=heads[i],
+                sr_ratio=sr_ratios[i],
+                max_key_grid=max_key_grid,
+                qkv_bias=qkv_bias,
+                attn_drop=attn_drop_rate,
+                proj_drop=drop_rate,
+                norm_cfg=norm_cfg,
+                score_path=score_path)
             blocks = []
             for j in range(depths[i]):
                 if j < va_layers[i]:
-                    attn = VanillaAttention(*common)
+                    attn = VanillaAttention(**common)
                 else:
                     attn = LessAttention(
-                        *common,
+                        **common,
+                        reduction=value_reduction,
                         q_base_grid=(q_side, q_side),
                         k_base_grid=(k_side, k_side),
                         transform=transform)

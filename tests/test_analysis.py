@@ -74,8 +74,9 @@ def test_re_attention_of_a_hand_computed_example():
 
 def test_re_attention_layer_is_its_formula_and_starts_as_the_identity():
     attn = LessAttention(
-        6, 2, 1, True, 0., 0., dict(type='LN'), 'auto', q_base_grid=(2, 3),
-        k_base_grid=(2, 3), transform='re_attention').double().eval()
+        6, 2, 1, None, 0., 0., dict(type='LN'), 'auto', qkv_bias=True,
+        q_base_grid=(2, 3), k_base_grid=(2, 3),
+        transform='re_attention').double().eval()
     q, k, x = (torch.randn(2, 6, 6).double() for _ in range(3))
     scores = LayerScores(FactoredScores(q, k, 2))
     plain = scores.dense().softmax(-1)

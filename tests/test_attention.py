@@ -172,7 +172,8 @@ def test_downsampling_starts_with_the_old_heads():
 
 
 def build(cls, path='auto', **kwargs):
-    return cls(12, 3, 2, True, 0., 0., LN, path, **kwargs).double()
+    return cls(
+        12, 3, 2, None, 0., 0., LN, path, qkv_bias=True, **kwargs).double()
 
 
 @pytest.mark.parametrize('path', ['auto', 'factored', 'materialised'])
@@ -221,6 +222,41 @@ def test_fresh_less_attention_repeats_its_predecessor(path, grid):
     with torch.no_grad():
         _, after = la(x, grid, before)
     assert (after.dense() - before.dense()).abs().max() > 1e-2
+
+
+def test_pooled_values_are_means_of_the_windows():
+    la = build(LessAttention, q_base_grid=(4, 4), k_base_grid=(2, 2),
+               reduction='pool')
+    assert not any('reduction' in name for name, _ in la.named_parameters())
+    x = torch.randn(1, 35, 12, dtype=torch.double)
+    rows = x.view(7, 5, 12)
+    expected = torch.stack([
+        rows[i:i + 2, j:j + 2].mean((0, 1)) for i in range(0, 7, 2)
+        for j in range(0, 5, 2)
+    ])
+    torch.testing.assert_close(la.reduce(x, (7, 5))[0], expected)
+
+
+@pytest.mark.parametrize('grid, most, ratio', [
+    ((14, 14), 7, 2), ((15, 3), 7, 4), ((28, 9), 7, 4), ((29, 9), 7, 6),
+    ((50, 84), 14, 6), ((5, 5), 1, 6)])
+def test_max_key_grid_pools_before_the_reduction(grid, most, ratio):
+    """Square windows, the smallest multiple of the ratio that suffices."""
+    attn = build(VanillaAttention)
+    attn.max_key_grid = most
+    assert attn.ratio(grid) == ratio
+    assert max(attn.key_grid(grid)) <= most
+    x = torch.randn(1, math.prod(grid), 12, dtype=torch.double)
+    step = ratio // 2
+    rows = x.view(*grid, 12)
+    pooled = torch.stack([
+        rows[i:i + step, j:j + step].mean((0, 1))
+        for i in range(0, grid[0], step) for j in range(0, grid[1], step)
+    ])[None]
+    pooled_grid = tuple(math.ceil(size / step) for size in grid)
+    reduced = attn.reduce(x, grid)
+    assert reduced.shape[1] == math.prod(attn.key_grid(grid))
+    torch.testing.assert_close(reduced, attn.reduction(pooled, pooled_grid))
 
 
 def test_less_attention_projects_neither_q_nor_k():

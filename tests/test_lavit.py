@@ -15,7 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from builders import ARCH, randomise
 from mmlavit import LaViT
-from mmlavit.attention import LessAttention, TokenMix, VanillaAttention
+from mmlavit.attention import (MAX_BUILT_SCORES, LessAttention, TokenMix,
+                               VanillaAttention)
+
 
 def build(**kwargs) -> LaViT:
     torch.manual_seed(0)
@@ -99,8 +101,46 @@ def test_paths_agree_in_values_and_gradients(path, size):
 
 
 def test_paths_agree_where_scores_are_too_many_to_build(monkeypatch):
-    monkeypatch.setattr('mmlavit.attention.MAX_BUILT_SCORES', 0)
+    monkeypatch.setitem(MAX_BUILT_SCORES, 'cpu', 100)
     test_paths_agree_in_values_and_gradients('auto', (37, 61))
+
+
+@pytest.mark.parametrize('options', [
+    dict(max_key_grid=2), dict(max_key_grid=1), dict(value_reduction='pool'),
+    dict(max_key_grid=2, value_reduction='pool')], ids=str)
+def test_paths_agree_with_fewer_keys_and_pooled_values(options):
+    x = torch.randn(2, 3, 150, 97, dtype=torch.double)
+    reference = randomise(
+        build(score_path='materialised', **options)).double()
+    for path in ('auto', 'factored'):
+        model = build(score_path=path, **options).double()
+        model.load_state_dict(reference.state_dict())
+        for out, other in zip(model(x), reference(x)):
+            torch.testing.assert_close(out, other, rtol=1e-10, atol=1e-10)
+
+
+def test_max_key_grid_changes_nothing_below_it():
+    plain = randomise(build()).double()
+    capped = build(max_key_grid=2).double()
+    capped.load_state_dict(plain.state_dict())
+    small, large = (
+        torch.randn(1, 3, size, 33, dtype=torch.double) for size in (64, 65))
+    assert torch.equal(plain(small)[-1], capped(small)[-1])
+    assert not torch.equal(plain(large)[-1], capped(large)[-1])
+
+
+def test_macs_grow_linearly_with_max_key_grid():
+    def macs(size: int, **kwargs) -> float:
+        model = build(out_indices=(3, ), **kwargs).eval()
+        return get_model_complexity_info(
+            model, inputs=(torch.rand(1, 3, size, size), ),
+            show_table=False, show_arch=False)['flops']
+
+    ratio = (macs(512) - macs(256)) / (macs(256) - macs(128))
+    capped = ((macs(512, max_key_grid=4) - macs(256, max_key_grid=4)) /
+              (macs(256, max_key_grid=4) - macs(128, max_key_grid=4)))
+    assert capped == pytest.approx(4, rel=0.02)
+    assert ratio > 4.1
 
 
 def test_scores_inherited_through_two_less_attention_stages():
@@ -331,6 +371,9 @@ BAD = [
     (dict(in_channels=0), ValueError, 'in_channels=0', 'at least 1'),
     (dict(in_channels='3'), TypeError, "in_channels='3'", 'integer'),
     (dict(max_query_grid=0), ValueError, 'max_query_grid=0', 'at least 1'),
+    (dict(max_key_grid=0), ValueError, 'max_key_grid=0', 'at least 1'),
+    (dict(value_reduction='mean'), ValueError, "value_reduction='mean'",
+     "'pool'"),
     (dict(drop_path_rate=1.), ValueError, 'drop_path_rate=1.0', 'below 1'),
     (dict(score_path='fast'), ValueError, "score_path='fast'", "'factored'"),
 ]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import cv2
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 tool = runpy.run_path(str(ROOT / 'tools/benchmark.py'))
@@ -30,6 +31,38 @@ def test_models_are_compared_in_one_run(options, tmp_path, capsys):
     assert results['LaViT-T']['gmacs'] > .1
     assert cv2.imread(str(tmp_path / 'benchmark.png')).std() > 10
     assert 'speed ratio' in capsys.readouterr().out
+
+
+def test_memory_is_that_of_the_tensors_alive_at_once():
+    def step():
+        first = torch.ones(1000, 250)  # 1 MB
+        second = first + 1
+        del first
+        third = second * 2  # in place of the first
+        return third
+
+    step()
+    assert tool['peak_memory'](step, 'cpu') == pytest.approx(2, rel=.01)
+
+
+@pytest.mark.parametrize('options', [[], ['--train']])
+def test_whole_detectors_are_compared(options, tmp_path, capsys):
+    configs = [str(ROOT / 'configs' / name) for name in (
+        'retinanet_lavit_t_coco.py', 'baselines/retinanet_r50_coco.py')]
+    tool['main']([*configs, '--whole', '--size', '64', '96', '--batch-size', '1',
+                  '--rounds', '2', '--warmup', '0', '--device', 'cpu', '--out',
+                  str(tmp_path), *options])
+    results = json.loads(
+        (tmp_path / 'benchmark.json').read_text())['results']['64x96']
+    # The neck and the head too.
+    assert results[configs[0]]['params_m'] > 17
+    assert 'retinanet_r50_coco ' in capsys.readouterr().out
+
+
+def test_names_are_no_whole_detectors(capsys):
+    with pytest.raises(SystemExit):
+        tool['parse_args'](['LaViT-S', '--whole'])
+    assert 'expected the paths of configs' in capsys.readouterr().err
 
 
 def test_twins_have_vanilla_attention_alone():

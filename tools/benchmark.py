@@ -1,21 +1,27 @@
-"""Speed, and on GPUs memory, of backbones beside each other, in one run.
+"""Speed and memory of backbones, or detectors, beside each other in one run.
 
     python tools/benchmark.py                                   # LaViT-S and its peers
     python tools/benchmark.py LaViT-S PVTv2-B2 --size 800 1344 --batch-size 1 --train
     python tools/benchmark.py LaViT-S LaViT-S-twin --scaling    # from 224 to 1600 pixels
+    python tools/benchmark.py configs/retinanet_lavit_s_coco.py \\
+        configs/baselines/retinanet_pvtv2-b2_coco.py --whole --size 800 1344 --batch-size 1
 
 Models are measured in turn, round by round, so that a change of the machine's speed
 meets all of them; warm-up rounds are not counted. Prints medians, their spread and
 each model's throughput over the first one's, and writes JSON and a plot. MODEL is a
-name of MODELS or the path of a config whose backbone is taken.
+name of MODELS or the path of a config whose backbone is taken; with --whole, the
+whole detector of the config, from images to boxes or to a step of the optimizer.
 """
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import logging
+import os
 import platform
 import statistics
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -25,15 +31,19 @@ import matplotlib
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
+# Else the profiler complains of a missing GPU.
+os.environ.setdefault('KINETO_LOG_LEVEL', '5')
 import torch  # noqa: E402
 from mmengine.analysis import get_model_complexity_info  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.registry import MODELS as REGISTRY  # noqa: E402
 from mmengine.registry import init_default_scope  # noqa: E402
 from torch import nn  # noqa: E402
+from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import mmlavit  # noqa: E402,F401  (registers LaViT)
+from mmlavit.building import build_model  # noqa: E402
 from mmlavit.lavit import ARCHS  # noqa: E402
 
 
@@ -64,6 +74,11 @@ MODELS = {
     'LaViT-T-twin': twin('tiny'),
     'LaViT-S-twin': twin('small'),
     'LaViT-B-twin': twin('base'),
+    'LaViT-S-keys14': lavit('small', max_key_grid=14),
+    'LaViT-S-pooled': lavit('small', value_reduction='pool'),
+    'LaViT-S-keys14-pooled': lavit('small', max_key_grid=14,
+                                   value_reduction='pool'),
+    'LaViT-S-keys14-twin': {**twin('small'), 'max_key_grid': 14},
     'LaViT-S-factored': lavit('small', score_path='factored'),
     'LaViT-S-materialised': lavit('small', score_path='materialised'),
     'PVT-S': dict(type='mmdet.PyramidVisionTransformer',
@@ -84,6 +99,16 @@ SIDES = (224, 320, 448, 640, 896, 1280, 1600)
 
 
 def build(name: str, args) -> nn.Module:
+    torch.manual_seed(0)
+    if args.whole:
+        model = build_model(Config.fromfile(name))
+    else:
+        model = REGISTRY.build(backbone_config(name))
+    model.to(args.device).train(args.train)
+    return model
+
+
+def backbone_config(name: str) -> dict:
     if name in MODELS:
         config = dict(MODELS[name])
     elif Path(name).is_file():
@@ -98,29 +123,46 @@ def build(name: str, args) -> nn.Module:
         import mmpretrain.models  # noqa: F401  (registers them)
     elif config['type'].startswith('mmdet.'):
         import mmdet.models  # noqa: F401
-    torch.manual_seed(0)
-    model = REGISTRY.build(config).to(args.device)
-    model.train(args.train)
-    return model
+    return config
 
 
-def make_step(model: nn.Module, x: torch.Tensor, args) -> Callable[[], None]:
+def make_forward(model: nn.Module, size: tuple, args) -> Callable:
+    """A call that gives tensors: maps, boxes or, in training, losses."""
+    if not args.whole:
+        x = torch.rand(args.batch_size, 3, *size, device=args.device)
+        return lambda: model(x)
+    from mmdet.testing import demo_mm_inputs
+    data = demo_mm_inputs(
+        args.batch_size, [(3, *size)] * args.batch_size, num_items=[10] * args.batch_size,
+        num_classes=model.bbox_head.num_classes)
+
+    def forward() -> list:
+        batch = model.data_preprocessor(data, args.train)
+        if args.train:
+            return [model.parse_losses(model(**batch, mode='loss'))[0]]
+        return [r.pred_instances.bboxes for r in model(**batch, mode='predict')]
+
+    return forward
+
+
+def make_step(model: nn.Module, size: tuple, args) -> Callable[[], None]:
     """One inference, or one forward, backward and SGD step."""
     dtype = DTYPES[args.dtype]
-    autocast = (torch.autocast(x.device.type, dtype) if dtype else
+    autocast = (torch.autocast(args.device, dtype) if dtype else
                 contextlib.nullcontext())
-    forward = torch.compile(model) if args.compile else model
+    forward = make_forward(
+        torch.compile(model) if args.compile else model, size, args)
     if not args.train:
 
         def step():
             with torch.no_grad(), autocast:
-                forward(x)
+                forward()
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
 
         def step():
             with autocast:
-                loss = sum(out.float().mean() for out in forward(x))
+                loss = sum(out.float().mean() for out in forward())
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -133,19 +175,34 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def peak_memory(step: Callable[[], None], device: str) -> Optional[float]:
-    """What a step needs beside the weights, in MB.
-
-    None on the CPU: its allocator keeps and reuses what the other models freed.
-    """
-    if device != 'cuda':
-        return None
+def peak_memory(step: Callable[[], None], device: str) -> float:
+    """What a step needs beside the weights, in MB of tensors."""
     gc.collect()
+    if device != 'cuda':
+        # The process's own memory would tell what the other models left.
+        with profile(activities=[ProfilerActivity.CPU],
+                     profile_memory=True, acc_events=True) as run:
+            step()
+        with tempfile.TemporaryDirectory() as folder:
+            trace = Path(folder, 'trace.json')
+            run.export_chrome_trace(str(trace))
+            events = json.loads(trace.read_text())['traceEvents']
+        events = sorted((event['ts'], event['args']['Bytes'])
+                        for event in events if event['name'] == '[memory]')
+        return max(itertools.accumulate(n for _, n in events), default=0) / 1e6
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     step()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def profile_table(step: Callable[[], None]) -> str:
+    """Where the time of a step goes, by operator."""
+    with profile(acc_events=True) as run:
+        step()
+    return run.key_averages().table(
+        sort_by='self_cpu_time_total', row_limit=12, max_name_column_width=40)
 
 
 def count(model: nn.Module, size: tuple) -> Optional[float]:
@@ -163,9 +220,9 @@ def count(model: nn.Module, size: tuple) -> Optional[float]:
 
 def compare(names: List[str], size: tuple, args) -> Dict[str, dict]:
     """Times of every model, interleaved; memory of each by itself."""
-    x = torch.rand(args.batch_size, 3, *size, device=args.device)
     models = {name: build(name, args) for name in names}
-    steps = {name: make_step(model, x, args) for name, model in models.items()}
+    steps = {name: make_step(model, size, args)
+             for name, model in models.items()}
     times = {name: [] for name in names}
     for i in tqdm(range(args.warmup + args.rounds),
                   f'{size[0]}x{size[1]}', disable=None):
@@ -186,20 +243,22 @@ def compare(names: List[str], size: tuple, args) -> Dict[str, dict]:
             memory_mb=peak_memory(step, args.device),
             params_m=sum(p.numel()
                          for p in models[name].parameters()) / 1e6,
-            gmacs=None if args.no_macs else count(models[name], size))
+            profile=profile_table(step) if args.profile else None,
+            gmacs=None if args.no_macs or args.whole else count(
+                models[name], size))
     return results
 
 
 def table(results: Dict[str, dict]) -> str:
     first = next(iter(results.values()))
-    lines = [f'{"model":<22}{"ms":>9}{"p10":>9}{"p90":>9}{"images/s":>10}'
+    lines = [f'{"model":<30}{"ms":>9}{"p10":>9}{"p90":>9}{"images/s":>10}'
              f'{"MB":>8}{"params M":>10}{"GMACs":>8}{"speed ratio":>13}']
     for name, r in results.items():
         macs = '' if r['gmacs'] is None else f'{r["gmacs"]:.2f}'
-        memory = '' if r['memory_mb'] is None else f'{r["memory_mb"]:.0f}'
+        name = Path(name).stem
         lines.append(
-            f'{name:<22}{r["ms"]:9.1f}{r["ms_p10"]:9.1f}{r["ms_p90"]:9.1f}'
-            f'{r["images_per_s"]:10.2f}{memory:>8}'
+            f'{name:<30}{r["ms"]:9.1f}{r["ms_p10"]:9.1f}{r["ms_p90"]:9.1f}'
+            f'{r["images_per_s"]:10.2f}{r["memory_mb"]:8.0f}'
             f'{r["params_m"]:10.2f}{macs:>8}'
             f'{r["images_per_s"] / first["images_per_s"]:13.2f}')
     return '\n'.join(lines)
@@ -211,16 +270,12 @@ def plot(results: Dict[str, Dict[str, dict]], path: Path) -> None:
     if len(results) == 1:
         rows, = results.values()
         fig, ax = plt.subplots(figsize=(7, .4 * len(names) + 1.2))
-        ax.barh(names, [rows[name]['images_per_s'] for name in names])
+        ax.barh([Path(name).stem for name in names], [rows[name]['images_per_s'] for name in names])
         ax.invert_yaxis()
         ax.set_xlabel('images/s')
     else:
-        first = next(iter(results.values()))[names[0]]
-        keys = ['ms'] + ['memory_mb'] * (first['memory_mb'] is not None)
-        fig, axes = plt.subplots(1, len(keys), squeeze=False,
-                                 figsize=(5.5 * len(keys), 4.2))
-        axes = axes[0]
-        for ax, key in zip(axes, keys):
+        fig, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+        for ax, key in zip(axes, ('ms', 'memory_mb')):
             for name in names:
                 sizes = [tuple(map(int, s.split('x'))) for s in results]
                 ax.loglog([h * w for h, w in sizes],
@@ -249,8 +304,12 @@ def parse_args(args: Optional[list]) -> argparse.Namespace:
     parser.add_argument('--dtype', choices=DTYPES, default='float32',
                         help='other than float32: autocast')
     parser.add_argument('--compile', action='store_true')
+    parser.add_argument('--whole', action='store_true',
+                        help='whole detectors; every MODEL is a config')
     parser.add_argument('--scaling', action='store_true',
                         help=f'squares of {SIDES} pixels, instead of --size')
+    parser.add_argument('--profile', action='store_true',
+                        help='also the operators that each model spends time in')
     parser.add_argument('--rounds', type=int, default=10)
     parser.add_argument('--warmup', type=int, default=3)
     parser.add_argument('--no-macs', action='store_true')
@@ -259,6 +318,9 @@ def parse_args(args: Optional[list]) -> argparse.Namespace:
     parser.add_argument('--out', type=Path,
                         default=Path('work_dirs/benchmark'))
     args = parser.parse_args(args)
+    if args.whole and not all(Path(name).is_file() for name in args.models):
+        parser.error(f'--whole {" ".join(args.models)}: expected the paths of '
+                     'configs of detectors')
     if args.rounds < 2:
         parser.error(f'--rounds {args.rounds}: at least 2, for a spread')
     return args
@@ -276,7 +338,11 @@ def main(args: Optional[list] = None) -> None:
     results = {}
     for size in sizes:
         results[f'{size[0]}x{size[1]}'] = compare(args.models, size, args)
-        print(f'\n{size[0]} x {size[1]}\n{table(results[f"{size[0]}x{size[1]}"])}')
+        rows = results[f'{size[0]}x{size[1]}']
+        print(f'\n{size[0]} x {size[1]}\n{table(rows)}')
+        for name, row in rows.items():
+            if row['profile']:
+                print(f'\n{name}\n{row["profile"]}')
     args.out.mkdir(parents=True, exist_ok=True)
     options = {k: str(v) for k, v in vars(args).items()}
     (args.out / 'benchmark.json').write_text(json.dumps(

@@ -194,7 +194,8 @@ class MaterialisedScores(NamedTuple):
             stride=stride,
             padding=depthwise.shape[-1] // 2,
             groups=heads)
-        scores = maps.view(batch, keys, heads, -1).permute(0, 2, 3, 1)
+        scores = maps.flatten(2).unflatten(0, (batch, keys))
+        scores = scores.permute(0, 2, 3, 1)
         return MaterialisedScores(mix_heads(scores, mix))
 
     def rows(self, start: int, stop: int) -> 'MaterialisedScores':

@@ -211,9 +211,10 @@ class LaViT(BaseModule):
     Args:
         arch (str | dict): 'tiny', 'small', 'base', or a dict with
             ``embed_dims``, ``depths``, ``num_heads`` and ``num_va_layers``, and
-            if need be ``mlp_ratios`` (default (4, 4, 4, 4)), ``patch_sizes``
-            (odd, default (7, 3, 3, 3)) and ``strides`` (default (4, 2, 2, 2));
-            each with a value for every stage. Defaults to 'small'.
+            if need be ``mlp_ratios`` (default (4, 4, 4, 4)), ``strides``
+            (default (4, 2, 2, 2)) and ``patch_sizes`` (odd, at least the
+            strides, default (7, 3, 3, 3)); each with a value for every stage.
+            Defaults to 'small'.
         in_channels (int): Channels of the input. Defaults to 3.
         pretrain_img_size (int): Input size in pixels that fixes the base grids
             of Theta and Psi. Keep it when fine-tuning at another size: the

@@ -89,6 +89,14 @@ def cut(path: Path, size: int = 2000) -> None:
     path.write_bytes(path.read_bytes()[:size])
 
 
+def add_cut_off_jpeg(folder: Path) -> None:
+    """Which OpenCV reads, with a grey half."""
+    path = str(folder / 'x.jpg')
+    cv2.imwrite(path, cv2.imread(str(next(folder.iterdir()))))
+    cut(Path(path), Path(path).stat().st_size // 2)
+    assert cv2.imread(path) is not None
+
+
 def set_box(number: int, *box):
     return lambda root, config: edit_json(
         root, lambda data: data['annotations'][number].update(bbox=box))
@@ -111,11 +119,14 @@ FAULTS = dict(
                    'ERROR: missing image: 1\n', IMAGE),
     cut_off_image=('mmdet', lambda root, config: cut(root / IMAGE),
                    'ERROR: unreadable image: 1\n', IMAGE),
+    cut_off_jpeg=('mmpretrain', lambda root, config: add_cut_off_jpeg(
+        root / 'classes/train/3'), 'ERROR: unreadable image: 1\n', '3/x.jpg'),
     empty_image=('mmdet', lambda root, config: cut(root / IMAGE, 0),
                  'ERROR: unreadable image: 1\n', IMAGE),
-    no_image=('mmpretrain',
-              lambda root, config: (root / 'classes/train/3/x.png').write_text(
-                  'text'), 'ERROR: unreadable image: 1\n', '3/x.png'),
+    text_as_image=(
+        'mmpretrain', lambda root, config: (
+            root / 'classes/train/3/x.png').write_text('text'),
+        'ERROR: unreadable image: 1\n', '3/x.png'),
     missing_annotations=('mmdet', set_train(ann_file='no.json'),
                          'ERROR: data set that cannot be loaded: 1\n',
                          'FileNotFoundError', 'no.json', 'val: CocoDataset: 4'),

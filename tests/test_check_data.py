@@ -259,6 +259,8 @@ def test_whole_data_passes_and_its_balance_is_right(scope, digits, check):
     code, report = check(make_config(scope, digits))
     assert code == 0 and 'ERROR' not in report, report
     assert '0 kinds of errors' in report
+    number = 20 if scope == 'mmpretrain' else 8
+    assert f': {number} images of {number}\n' in report
     line = next(row for row in report.splitlines() if row.startswith('| 7 |'))
     if scope == 'mmdet':
         data = json.loads((digits / 'annotations/train.json').read_text())
@@ -289,3 +291,13 @@ def test_wrapped_data_sets_processes_and_chosen_splits(digits, tmp_path, check):
     assert code == 1
     assert 'ERROR: missing image: 2\n' in report and 'val' not in report
     assert check(config, '--splits', 'val')[0] == 0
+
+
+def test_of_many_classes_the_most_and_the_least_frequent_are_shown(capsys):
+    show = runpy.run_path(str(ROOT / 'tools/check_data.py'))['show_balance']
+    counts = {label: label + 1 for label in range(100)}
+    show(range(100), counts, counts)
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == 41
+    assert rows[0] == '| 99 | 100 | 100 | 1.98% |'
+    assert rows[20] == '| ... | | | |' and rows[-1].startswith('| 0 | 1 | 1 |')

@@ -212,7 +212,8 @@ class MaterialisedScores(NamedTuple):
             stride=stride,
             padding=depthwise.shape[-1] // 2,
             groups=heads)
-        scores = maps.view(batch, keys, heads, -1).permute(0, 2, 3, 1)
+        scores = maps.flatten(2).unflatten(0, (batch, keys))
+        scores = scores.permute(0, 2, 3, 1)
         return MaterialisedScores(mix_heads(scores, mix))
 
     def rows(self, start: int, stop: int) -> 'MaterialisedScores':
@@ -421,7 +422,8 @@ class Attention(nn.Module):
         dims = v.shape[-1]
         if v.device.type == 'cpu':
             # Its fused kernel asks for equal widths; the fallback builds S.
-            v = F.pad(v, (0, q.shape[-1] - dims))
+            width = max(q.shape[-1], dims)
+            q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
         return F.scaled_dot_product_attention(
             q, k, v, dropout_p=self.dropout, scale=1.)[..., :dims]
 
@@ -433,7 +435,8 @@ class Attention(nn.Module):
         """
         queries, keys = (x.shape[1] for x in scores.inherited[:2])
         most = MAX_BUILT_SCORES['cpu' if v.device.type == 'cpu' else 'gpu']
-        rows = max(1, most // (v.shape[0] * self.num_heads * keys))
+        row = max(1, v.shape[0] * self.num_heads * keys)  # of an empty batch, 0
+        rows = max(1, most // row)
         if queries <= rows:
             return self.attend_mixed(scores, v)
         if torch.compiler.is_compiling():

@@ -1,11 +1,18 @@
 """Checks of constructor arguments: the error names argument, value and remedy."""
-from typing import Optional, Sequence, Tuple
+from numbers import Integral, Real
+from typing import Callable, Optional, Sequence, Tuple
 
 
 def require(ok: bool, name: str, value, expected: str) -> None:
     """Raises ValueError unless ``ok``."""
     if not ok:
         raise ValueError(f'LaViT: {name}={value!r}: expected {expected}')
+
+
+def require_type(ok: bool, name: str, value, expected: str) -> None:
+    """Raises TypeError unless ``ok``."""
+    if not ok:
+        raise TypeError(f'LaViT: {name}={value!r}: expected {expected}')
 
 
 def require_number(name: str,
@@ -15,22 +22,25 @@ def require_number(name: str,
     """Raises unless ``value`` is a number, ``least <= value < below``."""
     expected = f'a number of at least {least}' + (
         '' if below == float('inf') else f' and below {below}')
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f'LaViT: {name}={value!r}: expected {expected}')
-    require(least <= value < below, name, value, expected)
+    require_type(
+        isinstance(value, Real) and not isinstance(value, bool), name, value,
+        expected)
+    require(least <= value < below, name, value, expected)  # and no NaN
 
 
 def require_int(name: str,
                 value: int,
                 least: int,
-                most: Optional[int] = None) -> None:
-    """Raises unless ``value`` is an integer, ``least <= value <= most``."""
+                most: Optional[int] = None) -> int:
+    """The integer, NumPy's too; raises unless ``least <= value <= most``."""
     expected = f'an integer of at least {least}' + (
         '' if most is None else f' and at most {most}')
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f'LaViT: {name}={value!r}: expected {expected}')
+    require_type(
+        isinstance(value, Integral) and not isinstance(value, bool), name,
+        value, expected)
     require(value >= least and (most is None or value <= most), name, value,
             expected)
+    return int(value)
 
 
 def require_ints(name: str,
@@ -38,9 +48,47 @@ def require_ints(name: str,
                  least: int,
                  most: Optional[int] = None) -> Tuple[int, ...]:
     """The values as a tuple; raises unless they are all such integers."""
-    if not isinstance(values, (list, tuple)):
-        raise TypeError(
-            f'LaViT: {name}={values!r}: expected a sequence of integers')
-    for value in values:
-        require_int(name, value, least, most)
-    return tuple(values)
+    require_type(
+        isinstance(values, (list, tuple)), name, values,
+        'a sequence of integers')
+    return tuple(require_int(name, value, least, most) for value in values)
+
+
+def require_bool(name: str, value: bool) -> None:
+    """Raises unless ``value`` is True or False."""
+    require_type(isinstance(value, bool), name, value, 'True or False')
+
+
+def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises unless ``value`` is one of the names."""
+    require_type(isinstance(value, str), name, value, f'one of {choices}')
+    require(value in choices, name, value, f'one of {choices}')
+
+
+def require_keys(name: str, value: dict, needed: Sequence[str],
+                 known: Sequence[str]) -> None:
+    """Raises unless ``value`` is a dict with the needed and only known keys."""
+    require_type(
+        isinstance(value, dict), name, value,
+        f'a dict with keys among {sorted(known)}')
+    missing = sorted(set(needed) - value.keys())
+    unknown = sorted(value.keys() - set(known), key=str)
+    require(
+        not missing and not unknown, name, value,
+        f'a dict with the keys {sorted(known)}; missing: {missing}, '
+        f'unknown: {unknown}')
+
+
+def require_layer(name: str, cfg: dict, expected: str,
+                  trial: Callable[[], bool]) -> None:
+    """Raises unless ``cfg`` is a layer's config, by which ``trial`` works.
+
+    A trial, for the registries hold more layers than a list here could name.
+    """
+    expected = f'a dict with the type of {expected}'
+    require_type(isinstance(cfg, dict), name, cfg, expected)
+    try:
+        ok, why = trial(), 'another shape comes out'
+    except Exception as error:  # whatever the layer may raise
+        ok, why = False, error
+    require(ok, name, cfg, f'{expected}; tried: {why}')

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from .attention import Grid, LayerScores
-from .checks import require, require_int, require_ints, require_number
+from .checks import (require, require_choice, require_int, require_ints,
+                     require_number, require_type)
 
 FORMS = ('bounded', 'paper')
 
@@ -72,7 +73,7 @@ class DiagonalityPreservingLoss(nn.Module):
                  layers: Union[str, Sequence[int]] = 'la',
                  warmup_iters: int = 0) -> None:
         super().__init__()
-        require(form in FORMS, 'dp_loss.form', form, f'one of {FORMS}')
+        require_choice('dp_loss.form', form, FORMS)
         for name, weight in dict(
                 loss_weight=loss_weight,
                 symmetry_weight=symmetry_weight,
@@ -81,11 +82,14 @@ class DiagonalityPreservingLoss(nn.Module):
             require_number(f'dp_loss.{name}', weight, 0)
         require(form == 'bounded' or margin == 0, 'dp_loss.margin', margin,
                 "0, for form='paper' has no margin")
-        require_int('dp_loss.warmup_iters', warmup_iters, 0)
+        warmup_iters = require_int('dp_loss.warmup_iters', warmup_iters, 0)
+        choices = "'la', 'all' or a sequence of layer indices"
         if isinstance(layers, str):
-            require(layers in ('la', 'all'), 'dp_loss.layers', layers,
-                    "'la', 'all' or a sequence of layer indices")
+            require(layers in ('la', 'all'), 'dp_loss.layers', layers, choices)
         else:
+            require_type(
+                isinstance(layers, (list, tuple)), 'dp_loss.layers', layers,
+                choices)
             layers = require_ints('dp_loss.layers', layers, 0)
         self.form = form
         self.loss_weight = loss_weight
@@ -143,7 +147,8 @@ class DiagonalityPreservingLoss(nn.Module):
         # (B, heads, M)
         if self.form == 'paper':
             rows = rows.sum(dim=-1)
-        return rows.mean()
+        # The mean, and 0 for an empty batch.
+        return rows.sum() / max(rows.numel(), 1)
 
     def hold(self, stages: Sequence[Sequence[Tensor]]) -> None:
         """Keeps a forward's total of the layers' losses, a list a stage.

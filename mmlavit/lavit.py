@@ -1,6 +1,7 @@
 """LaViT: Less-Attention Vision Transformer (CVPR 2024, arXiv 2406.00427)."""
 import math
 import os
+from inspect import signature
 from typing import List, Optional, Sequence, Tuple, Union
 
 import torch
@@ -15,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from .attention import (AttentionDownsample, Grid, LayerScores, LessAttention,
                         Scores, VanillaAttention, key_ratio, normalise, to_map,
                         to_tokens)
-from .checks import require, require_int, require_ints, require_number
+from .checks import (require, require_bool, require_choice, require_int,
+                     require_ints, require_keys, require_layer, require_number,
+                     require_type)
 from .dp_loss import DiagonalityPreservingLoss
 
 # Our choice: the paper's depths and widths are not public in full. These meet
@@ -210,9 +213,10 @@ class LaViT(BaseModule):
     Args:
         arch (str | dict): 'tiny', 'small', 'base', or a dict with
             ``embed_dims``, ``depths``, ``num_heads`` and ``num_va_layers``, and
-            if need be ``mlp_ratios`` (default (4, 4, 4, 4)), ``patch_sizes``
-            (odd, default (7, 3, 3, 3)) and ``strides`` (default (4, 2, 2, 2));
-            each with a value for every stage. Defaults to 'small'.
+            if need be ``mlp_ratios`` (default (4, 4, 4, 4)), ``strides``
+            (default (4, 2, 2, 2)) and ``patch_sizes`` (odd, at least the
+            strides, default (7, 3, 3, 3)); each with a value for every stage.
+            Defaults to 'small'.
         in_channels (int): Channels of the input. Defaults to 3.
         pretrain_img_size (int): Input size in pixels that fixes the base grids
             of Theta and Psi. Keep it when fine-tuning at another size: the
@@ -239,8 +243,9 @@ class LaViT(BaseModule):
             losses; at test time it costs nothing. Defaults to None: off.
         score_path (str): 'materialised': the literal formulas on N x M score
             matrices. 'factored': never builds one; the same values from the
-            mixed Q and K. 'auto': the cheaper one in each layer. Defaults to
-            'auto'.
+            mixed Q and K. 'auto': factored, but scores inherited across stages,
+            whose factors are wide, are built for some queries at a time.
+            Defaults to 'auto'.
         max_query_grid (int): Largest side of Psi's base grid, in tokens.
             Defaults to 14.
         max_key_grid (int, optional): Largest side of the key grid, in tokens.
@@ -315,26 +320,34 @@ class LaViT(BaseModule):
                  frozen_stages: int = -1,
                  norm_eval: bool = False,
                  init_cfg: Union[dict, Sequence[dict], None] = None) -> None:
+        check_init_cfg(init_cfg)
         super().__init__(init_cfg)
         arch = resolve_arch(arch, num_va_layers, sr_ratios)
+        sr_ratios = require_ints('sr_ratios', sr_ratios, 1)
         num_stages = len(arch['depths'])
-        require_int('in_channels', in_channels, 1)
-        require_int('pretrain_img_size', pretrain_img_size, 1)
-        require_int('max_query_grid', max_query_grid, 1)
+        in_channels = require_int('in_channels', in_channels, 1)
+        pretrain_img_size = require_int('pretrain_img_size', pretrain_img_size,
+                                        1)
+        max_query_grid = require_int('max_query_grid', max_query_grid, 1)
         if max_key_grid is not None:
-            require_int('max_key_grid', max_key_grid, 1)
-        require_int('frozen_stages', frozen_stages, -1, num_stages - 1)
+            max_key_grid = require_int('max_key_grid', max_key_grid, 1)
+        frozen_stages = require_int('frozen_stages', frozen_stages, -1,
+                                    num_stages - 1)
+        for name, flag in dict(
+                attn_residual=attn_residual,
+                qkv_bias=qkv_bias,
+                with_cp=with_cp,
+                norm_eval=norm_eval).items():
+            require_bool(name, flag)
         for name, rate in dict(
                 drop_rate=drop_rate,
                 attn_drop_rate=attn_drop_rate,
                 drop_path_rate=drop_path_rate).items():
             require_number(name, rate, 0, 1)
-        require(transform in TRANSFORMS, 'transform', transform,
-                f'one of {TRANSFORMS}')
-        require(value_reduction in VALUE_REDUCTIONS, 'value_reduction',
-                value_reduction, f'one of {VALUE_REDUCTIONS}')
-        require(score_path in SCORE_PATHS, 'score_path', score_path,
-                 f'one of {SCORE_PATHS}')
+        require_choice('transform', transform, TRANSFORMS)
+        require_choice('value_reduction', value_reduction, VALUE_REDUCTIONS)
+        require_choice('score_path', score_path, SCORE_PATHS)
+        check_layers(norm_cfg, act_cfg, arch['embed_dims'])
         out_indices = require_ints('out_indices', out_indices, 0,
                                     num_stages - 1)
         require(out_indices and list(out_indices) == sorted(set(out_indices)),
@@ -356,9 +369,9 @@ class LaViT(BaseModule):
         dp_layers = [False] * sum(depths)
         self.dp_loss = None
         if dp_loss is not None:
-            if not isinstance(dp_loss, dict):
-                raise TypeError(f'LaViT: dp_loss={dp_loss!r}: expected a dict '
-                                'of arguments, or None')
+            require_keys(
+                'dp_loss', dp_loss, (),
+                signature(DiagonalityPreservingLoss).parameters)
             self.dp_loss = DiagonalityPreservingLoss(**dp_loss)
             dp_layers = self.dp_loss.select([
                 j >= va_layers[i] for i in range(num_stages)
@@ -404,8 +417,7 @@ class LaViT(BaseModule):
                 last = total_stride // strides[i] * sr_ratios[i - 1]
                 require(
                     last == total_stride * sr_ratios[i], 'sr_ratios',
-                    tuple(sr_ratios),
-                    f'stage {i} inherits scores, so its total stride times '
+                    sr_ratios, f'stage {i} inherits scores, so its total stride times '
                     f'ratio ({total_stride} x {sr_ratios[i]}) must equal that '
                     f'of stage {i - 1} ({last}), as with (8, 4, 2, 1) at '
                     'strides (4, 2, 2, 2); or set attn_residual=False and begin '
@@ -457,7 +469,12 @@ class LaViT(BaseModule):
         """Images to feature maps.
 
         Args:
-            x (Tensor): (B, in_channels, H, W), any H and W.
+            x (Tensor): (B, in_channels, H, W), floating point. Any H and W of
+                at least one pixel: below a stage's stride its map is 1 x 1.
+                An empty batch (B = 0) gives empty maps. Values are not
+                checked, for that would wait for the GPU at each call: NaN or
+                infinite pixels give NaN maps of their image, and of it alone
+                (but with batch norms in training).
 
         Returns:
             tuple[Tensor]: For every stage in ``out_indices`` a map (B, C_i,
@@ -466,11 +483,16 @@ class LaViT(BaseModule):
 
         Raises:
             ValueError: If ``x`` is not of that shape.
+            TypeError: If ``x`` is not floating point, as raw images are not.
         """
-        require(x.dim() == 4 and x.shape[1] == self.in_channels, 'x.shape',
-                 tuple(x.shape),
-                 f'(B, {self.in_channels}, H, W), as in_channels='
-                 f'{self.in_channels}')
+        require(
+            x.dim() == 4 and x.shape[1] == self.in_channels
+            and x.shape[2] > 0 and x.shape[3] > 0, 'x.shape', tuple(x.shape),
+            f'(B, {self.in_channels}, H, W), as in_channels='
+            f'{self.in_channels}, with H and W of at least 1')
+        require_type(x.is_floating_point(), 'x.dtype', x.dtype,
+                     'floating point: normalised images, as a data '
+                     'preprocessor makes them')
         memory_format = (
             torch.contiguous_format
             if x.is_contiguous() else torch.channels_last)
@@ -543,19 +565,12 @@ def init_module(module: nn.Module) -> None:
 def resolve_arch(arch: Union[str, dict], num_va_layers: Optional[Sequence[int]],
                  sr_ratios: Sequence[int]) -> dict:
     """The arch as a complete, checked dict of tuples, one value a stage."""
+    names = f'one of {tuple(ARCHS)}, or a dict'
     if isinstance(arch, str):
-        require(arch in ARCHS, 'arch', arch,
-                 f'one of {tuple(ARCHS)}, or a dict')
+        require(arch in ARCHS, 'arch', arch, names)
         arch = ARCHS[arch]
-    if not isinstance(arch, dict):
-        raise TypeError(f'LaViT: arch={arch!r}: expected one of '
-                        f'{tuple(ARCHS)}, or a dict')
-    keys = {*ARCHS['tiny'], *ARCH_DEFAULTS}
-    missing = sorted(ARCHS['tiny'].keys() - arch.keys())
-    unknown = sorted(arch.keys() - keys)
-    require(not missing and not unknown, 'arch', arch,
-             f'a dict with the keys {sorted(keys)}; missing: {missing}, '
-             f'unknown: {unknown}')
+    require_type(isinstance(arch, dict), 'arch', arch, names)
+    require_keys('arch', arch, ARCHS['tiny'], {*ARCHS['tiny'], *ARCH_DEFAULTS})
     num_stages = len(require_ints('depths', arch['depths'], 1))
     require(num_stages > 0, 'depths', arch['depths'], 'at least one stage')
     defaults = {k: values[:num_stages] for k, values in ARCH_DEFAULTS.items()}
@@ -566,10 +581,11 @@ def resolve_arch(arch: Union[str, dict], num_va_layers: Optional[Sequence[int]],
     for key, values in {**arch, 'sr_ratios': sr_ratios}.items():
         least = 0 if key == 'num_va_layers' else 1
         if key == 'mlp_ratios':
-            require(
-                isinstance(values, (list, tuple))
-                and all(isinstance(v, (int, float)) and v > 0 for v in values),
-                key, values, 'a sequence of positive numbers')
+            require_type(
+                isinstance(values, (list, tuple)), key, values,
+                'a sequence of numbers')
+            for value in values:
+                require_number(key, value, 0)
         else:
             values = require_ints(key, values, least)
         require(
@@ -583,8 +599,14 @@ def resolve_arch(arch: Union[str, dict], num_va_layers: Optional[Sequence[int]],
         require(dims % heads == 0, 'num_heads', arch['num_heads'],
                  f'numbers that divide embed_dims={arch["embed_dims"]}; '
                  f'{heads} does not divide {dims}')
-    require(all(size % 2 for size in arch['patch_sizes']), 'patch_sizes',
-             arch['patch_sizes'], 'odd numbers')
+    for dims, ratio in zip(arch['embed_dims'], arch['mlp_ratios']):
+        require(dims * ratio >= 1, 'mlp_ratios', arch['mlp_ratios'],
+                f'at least 1 / embed_dims={arch["embed_dims"]}, so that the '
+                'FFN has a hidden channel')
+    for size, stride in zip(arch['patch_sizes'], arch['strides']):
+        require(size % 2 and size >= stride, 'patch_sizes',
+                arch['patch_sizes'], 'odd numbers of at least strides='
+                f'{arch["strides"]}, so that every pixel is seen')
     for va, depth in zip(arch['num_va_layers'], arch['depths']):
         require(va <= depth, 'num_va_layers', arch['num_va_layers'],
                  f'at most depths={arch["depths"]} in every stage')
@@ -592,3 +614,35 @@ def resolve_arch(arch: Union[str, dict], num_va_layers: Optional[Sequence[int]],
              arch['num_va_layers'],
              'at least 1 in the first stage, which has no scores to inherit')
     return arch
+
+
+def check_layers(norm_cfg: dict, act_cfg: dict,
+                 embed_dims: Sequence[int]) -> None:
+    """Raises unless the layers work on tokens."""
+    grid = 2, 2  # some norms refuse the statistics of a single position
+    for dims in embed_dims:
+        tokens = torch.ones(1, 4, dims)
+        require_layer(
+            'norm_cfg', norm_cfg,
+            f"a norm that fits {dims} channels: 'LN', 'BN', 'GN' ...",
+            lambda: normalise(
+                build_norm_layer(norm_cfg, dims)[1].eval(), tokens, grid
+            ).shape == tokens.shape)
+    require_layer(
+        'act_cfg', act_cfg, "an activation: 'GELU', 'ReLU' ...",
+        lambda: build_activation_layer(act_cfg)(tokens).shape == tokens.shape)
+
+
+def check_init_cfg(init_cfg: Union[dict, Sequence[dict], None]) -> None:
+    """Raises unless its form is mmengine's, who checks what is in it."""
+    if init_cfg is None:
+        return
+    expected = ("None, or a dict or list of dicts with a type, as in "
+                "dict(type='Pretrained', checkpoint=PATH)")
+    cfgs = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]
+    for cfg in cfgs:
+        require_type(isinstance(cfg, dict), 'init_cfg', init_cfg, expected)
+        require(
+            'type' in cfg
+            and (cfg['type'] != 'Pretrained' or 'checkpoint' in cfg),
+            'init_cfg', init_cfg, expected)

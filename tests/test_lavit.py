@@ -4,6 +4,7 @@ import importlib
 import logging
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -17,6 +18,7 @@ from builders import ARCH, randomise
 from mmlavit import LaViT
 from mmlavit.attention import (MAX_BUILT_SCORES, LessAttention, TokenMix,
                                VanillaAttention)
+from mmlavit.lavit import SCORE_PATHS
 
 
 def build(**kwargs) -> LaViT:
@@ -376,6 +378,54 @@ BAD = [
      "'pool'"),
     (dict(drop_path_rate=1.), ValueError, 'drop_path_rate=1.0', 'below 1'),
     (dict(score_path='fast'), ValueError, "score_path='fast'", "'factored'"),
+    (dict(score_path=None), TypeError, 'score_path=None', "'factored'"),
+    (dict(transform='reuse'), ValueError, "transform='reuse'", "'token_mix'"),
+    (dict(drop_rate=float('nan')), ValueError, 'drop_rate=nan', 'below 1'),
+    (dict(attn_drop_rate=True), TypeError, 'attn_drop_rate=True', 'number'),
+    (dict(drop_rate='0.1'), TypeError, "drop_rate='0.1'", 'number'),
+    (dict(pretrain_img_size=(64, 64)), TypeError,
+     'pretrain_img_size=(64, 64)', 'integer'),
+    (dict(in_channels=True), TypeError, 'in_channels=True', 'integer'),
+    (dict(out_indices='012'), TypeError, "out_indices='012'", 'sequence'),
+    (dict(frozen_stages=-2), ValueError, 'frozen_stages=-2', 'at least -1'),
+    (dict(attn_residual=0), TypeError, 'attn_residual=0', 'True or False'),
+    (dict(qkv_bias='no'), TypeError, "qkv_bias='no'", 'True or False'),
+    (dict(with_cp=1), TypeError, 'with_cp=1', 'True or False'),
+    (dict(norm_eval=None), TypeError, 'norm_eval=None', 'True or False'),
+    (dict(norm_cfg='LN'), TypeError, "norm_cfg='LN'", 'a dict'),
+    (dict(norm_cfg=dict(eps=1.)), ValueError, "norm_cfg={'eps': 1.0}", 'type'),
+    (dict(norm_cfg=dict(type='Foo')), ValueError, "norm_cfg={'type': 'Foo'}",
+     "'LN', 'BN'"),
+    (dict(norm_cfg=dict(type='GN', num_groups=3)), ValueError, 'norm_cfg=',
+     'fits 8 channels'),
+    (dict(norm_cfg=dict(type='BN1d')), ValueError, 'norm_cfg=', '2D or 3D'),
+    (dict(act_cfg=None), TypeError, 'act_cfg=None', 'a dict'),
+    (dict(act_cfg=dict(type='Foo')), ValueError, "act_cfg={'type': 'Foo'}",
+     "'GELU'"),
+    (dict(act_cfg=dict(type='MaxPool2d', kernel_size=2)), ValueError,
+     'act_cfg=', "'GELU'"),
+    (dict(dp_loss=True), TypeError, 'dp_loss=True', 'a dict'),
+    (dict(dp_loss=dict(weight=1)), ValueError, "dp_loss={'weight': 1}",
+     'loss_weight'),
+    (dict(init_cfg='weights.pth'), TypeError, "init_cfg='weights.pth'",
+     "type='Pretrained'"),
+    (dict(init_cfg=dict(type='Pretrained')), ValueError, 'init_cfg=',
+     'checkpoint=PATH'),
+    (dict(init_cfg=[dict(layer='Conv2d')]), ValueError, 'init_cfg=', 'type'),
+    (dict(arch={**ARCH, 'mlp_ratios': (.1, 4, 4, 4)}), ValueError,
+     'mlp_ratios=(0.1, 4, 4, 4)', '1 / embed_dims=(8, 16, 24, 32)'),
+    (dict(arch={**ARCH, 'mlp_ratios': (float('inf'), 4, 4, 4)}), ValueError,
+     'mlp_ratios=inf', 'number'),
+    (dict(arch={**ARCH, 'mlp_ratios': (4, 4, 4, '4')}), TypeError,
+     "mlp_ratios='4'", 'number'),
+    (dict(arch={**ARCH, 'mlp_ratios': 4}), TypeError, 'mlp_ratios=4',
+     'sequence'),
+    (dict(arch={**ARCH, 'strides': '4222'}), TypeError, "strides='4222'",
+     'sequence'),
+    (dict(arch={**ARCH, 'patch_sizes': (3, 3, 3, 3)}), ValueError,
+     'patch_sizes=(3, 3, 3, 3)', 'strides=(4, 2, 2, 2)'),
+    (dict(arch={**ARCH, 'embed_dims': (8., 16, 24, 32)}), TypeError,
+     'embed_dims=8.0', 'integer'),
 ]
 
 
@@ -383,13 +433,53 @@ BAD = [
 def test_bad_arguments_are_named(kwargs, error, argument, remedy):
     with pytest.raises(error) as info:
         build(**kwargs)
+    assert str(info.value).startswith('LaViT: ')
     assert argument in str(info.value)
     assert remedy in str(info.value)
 
 
-def test_wrong_channels_are_named():
-    with pytest.raises(ValueError, match=r'\(1, 4, 64, 64\).*in_channels=3'):
-        build()(torch.randn(1, 4, 64, 64))
+def test_numbers_of_numpy_are_numbers():
+    model = build(
+        arch={key: tuple(np.array(v)) for key, v in ARCH.items()},
+        in_channels=np.int64(3), pretrain_img_size=np.int32(64),
+        out_indices=[np.int8(1)], drop_rate=np.float32(0.1))
+    assert [out.shape[1] for out in model(torch.rand(1, 3, 64, 64))] == [16]
+
+
+@pytest.mark.parametrize('x, error, argument, remedy', [
+    (torch.rand(1, 4, 64, 64), ValueError, '(1, 4, 64, 64)', 'in_channels=3'),
+    (torch.rand(3, 64, 64), ValueError, '(3, 64, 64)', '(B, 3, H, W)'),
+    (torch.rand(1, 3, 0, 64), ValueError, '(1, 3, 0, 64)', 'at least 1'),
+    (torch.zeros(1, 3, 64, 64).byte(), TypeError, 'torch.uint8',
+     'normalised images'),
+])
+def test_bad_input_is_named(x, error, argument, remedy):
+    with pytest.raises(error) as info:
+        build()(x)
+    assert str(info.value).startswith('LaViT: x.')
+    assert argument in str(info.value) and remedy in str(info.value)
+
+
+@pytest.mark.parametrize('path', SCORE_PATHS)
+def test_empty_batch_gives_empty_maps_and_no_loss(path):
+    model = build(score_path=path, dp_loss=dict()).train()
+    outs = model(torch.rand(0, 3, 70, 45))
+    assert [tuple(out.shape) for out in outs] == [
+        (0, 8, 18, 12), (0, 16, 9, 6), (0, 24, 5, 3), (0, 32, 3, 2)]
+    assert model.dp_loss.take() == 0
+    total(outs).backward()
+    assert not any(p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize('path', SCORE_PATHS)
+def test_not_finite_pixels_spoil_their_image_alone_and_visibly(path):
+    model = randomise(build(score_path=path)).double()
+    x = torch.randn(3, 3, 64, 48, dtype=torch.double)
+    expected = model(x)
+    x[1, 0, 5, 5], x[2, 2, 0, 0] = math.nan, math.inf
+    for out, other in zip(model(x), expected):
+        torch.testing.assert_close(out[0], other[0])
+        assert out[1:].isnan().all()
 
 
 @pytest.fixture

@@ -105,17 +105,19 @@ def load_from_local(filename: str, map_location=None) -> dict:
             with mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD='0'):
                 checkpoint = torch.load(path, map_location, DATA_PICKLE)
     except Exception as error:
-        # Torch's own message ends in advice to load it with its code.
-        why = re.sub(r'(?s).*WeightsUnpickler error:|\.? (Please use|Check the).*',
-                     '', str(error)).strip().split('\n')[0].split('. ')[0]
-        if 'GLOBAL' in why or 'refused' in why:
+        # Torch's own message goes on with advice to run the code.
+        found = re.search(r'GLOBAL [\w.]+|refused to look up .*', str(error))
+        if found:
             raise ValueError(
                 f'{filename}: refused, for it holds more than data and loading '
-                f'it could run code. Nothing of it was run. ({why})') from None
+                f'it could run code; nothing of it was run ({found[0]})'
+            ) from None
+        why = re.split(r'WeightsUnpickler error:\s*', str(error))[-1]
+        why = re.split(r'\. |\n', why)[0]
         raise ValueError(
             f'{filename}: this is no checkpoint, or a damaged one, of '
-            f'{os.path.getsize(path)} bytes ({type(error).__name__}: {why}). '
-            'Expected a file written by torch.save') from None
+            f'{os.path.getsize(path)} bytes ({type(error).__name__}: {why}); '
+            'expected a file written by torch.save') from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f'{filename}: holds a {type(checkpoint).__name__}: '
                          'expected the dict of a checkpoint')

@@ -34,7 +34,7 @@ class InvalidLossHook(Hook):
             return
         # As BaseModel.parse_losses reads them.
         values = {
-            name: sum(x.mean() for x in
+            name: sum(x.detach().mean() for x in
                       (value if isinstance(value, (list, tuple)) else [value]))
             for name, value in losses.items() if 'loss' in name
         }

@@ -2,12 +2,13 @@
 
     python tests/stress.py DIR [--kills 20] [--by-iter] [--drop-path]
 
-Every other SIGKILL comes while a checkpoint is being written, the rest at a random
-moment from the start of the process on. Each time the training goes on with
+Every other SIGKILL comes while a checkpoint is being written, the rest 4 to 9
+seconds after the start of the process. Each time the training goes on with
 ``--resume``. Prints a row for each kill, and at the end whether the final weights
 and optimizer states are the same, bit for bit. Not part of the quick suite.
 """
 import argparse
+import contextlib
 import os
 import random
 import re
@@ -31,14 +32,14 @@ def kill_once(config: Path, work_dir: Path, writing: bool,
               rng: random.Random) -> str:
     """Trains until it is killed; says when that was."""
     log = work_dir.with_suffix('.log')
-    start, wait = time.time(), rng.uniform(0, 12)
+    start, wait = time.time(), rng.uniform(4, 9)
     writes, seen = rng.randint(1, 3), set()
     with log.open('w') as file:
         process = subprocess.Popen(
             command(config, work_dir), stdout=file, stderr=file)
         while process.poll() is None:
             if writing:
-                seen |= {path.name for path in work_dir.glob('*.part')}
+                seen |= being_written(work_dir, start)
                 now = len(seen) >= writes
             else:
                 now = time.time() - start > wait
@@ -53,6 +54,16 @@ def kill_once(config: Path, work_dir: Path, writing: bool,
     resumed = re.findall(r'resumed epoch: \d+, iter: \d+', log.read_text())
     return (f'{when:<24} after {time.time() - start:4.1f} s | '
             f'{resumed[0] if resumed else "from the start or not yet begun"}')
+
+
+def being_written(work_dir: Path, since: float) -> set:
+    """Names of files in the making; not what an earlier kill left."""
+    names = set()
+    for path in work_dir.glob('*.part'):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime > since:
+                names.add(path.name)
+    return names
 
 
 def final_state(work_dir: Path) -> dict:
@@ -72,7 +83,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('dir', type=Path, help='folder for data and trainings')
     parser.add_argument('--kills', type=int, default=20)
-    parser.add_argument('--epochs', type=int, default=60)
+    parser.add_argument('--epochs', type=int, default=80)
     parser.add_argument('--by-iter', action='store_true',
                         help='iteration-based loop')
     parser.add_argument('--drop-path', action='store_true',

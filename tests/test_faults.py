@@ -403,3 +403,20 @@ def test_deterministic_mode_gives_the_same_weights_twice(digits, tmp_path):
         torch.backends.cudnn.deterministic = False
     assert_same(runs[0], runs[1])
     assert not torch.equal(*(run['head.fc.weight'] for run in runs[1:]))
+
+
+@pytest.mark.parametrize('score_path', ['factored', 'materialised', 'auto'])
+@pytest.mark.parametrize('image_scale, score_scale', [(1e4, 1), (1, 1e6)])
+def test_float16_stays_finite_with_large_activations(score_path, image_scale,
+                                                     score_scale):
+    """Scores of tens of thousands; float16 ends at 65504."""
+    model = LaViT(ARCH, score_path=score_path, pretrain_img_size=64)
+    model.init_weights()
+    for name, parameter in model.named_parameters():
+        if name.endswith(('.q.weight', '.kv.weight')):
+            parameter.data *= score_scale**0.5
+    with torch.autocast('cpu', torch.float16):
+        maps = model(torch.randn(1, 3, 64, 64) * image_scale)
+    assert all(x.isfinite().all() for x in maps)
+    sum(x.float().mean() for x in maps).backward()
+    assert all(x.grad.isfinite().all() for x in model.parameters())

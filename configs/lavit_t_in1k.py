@@ -1,7 +1,7 @@
 """LaViT-T on ImageNet-1K, 300 epochs at 224, batch 1024 = 8 GPUs x 128.
 
 The S and B configs inherit this one. For a moving average of the weights add
-``custom_hooks = [dict(type='EMAHook', momentum=1e-4)]`` in a child config.
+``dict(type='EMAHook', momentum=1e-4)`` to ``custom_hooks`` in a child config.
 """
 _base_ = [
     'mmpretrain::_base_/models/van/van_tiny.py',
@@ -10,6 +10,7 @@ _base_ = [
     'mmpretrain::_base_/default_runtime.py'
 ]
 custom_imports = dict(imports=['mmlavit'], allow_failed_imports=False)
+custom_hooks = [dict(type='InvalidLossHook')]
 
 # RandAugment and random erasing are the data base's; label smoothing, mixup and
 # cutmix the model base's.

@@ -9,6 +9,7 @@ _base_ = [
     'mmdet::_base_/default_runtime.py'
 ]
 custom_imports = dict(imports=['mmlavit'], allow_failed_imports=False)
+custom_hooks = [dict(type='InvalidLossHook')]
 
 model = dict(
     backbone=dict(

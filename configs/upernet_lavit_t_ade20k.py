@@ -9,6 +9,7 @@ _base_ = [
     'mmseg::_base_/schedules/schedule_160k.py'
 ]
 custom_imports = dict(imports=['mmlavit'], allow_failed_imports=False)
+custom_hooks = [dict(type='InvalidLossHook')]
 
 model = dict(
     data_preprocessor=dict(size=(512, 512)),

@@ -1,11 +1,10 @@
-"""Checks the libraries that pip cannot, and makes their checkpoints loadable.
+"""Checks the libraries that pip cannot.
 
 mmlavit has no pip requirement on them: which build of torch and mmcv fits
 depends on the machine, and the OneDL forks keep the import names under other
 distribution names.
 """
 import importlib
-import pickle
 import re
 import warnings
 
@@ -50,39 +49,6 @@ def check() -> None:
 
 def _parse(version: str) -> list:
     return [int(number) for number in re.findall(r'\d+', version)[:3]]
-
-
-def allow_checkpoint_types() -> None:
-    """Lets torch's safe loader (weights_only) read mmengine's checkpoints.
-
-    Beside tensors they hold the training log's buffers, with the names of the
-    methods that summarise them. Exactly these types are allowed; none of them
-    can run code.
-    """
-    import numpy as np
-    import torch
-    from mmengine.logging import HistoryBuffer
-    if _parse(torch.__version__) < [2, 6]:
-        return  # mmengine does not meet the safe loader there
-    try:
-        from numpy._core.multiarray import _reconstruct, scalar
-    except ImportError:  # numpy 1
-        from numpy.core.multiarray import _reconstruct, scalar
-
-    def history_method(owner, name):
-        # What getattr is used for in these files, and nothing else.
-        if owner is HistoryBuffer and name in ('min', 'max', 'current',
-                                               'mean'):
-            return getattr(HistoryBuffer, name)
-        raise pickle.UnpicklingError(
-            f'refused to look up {name!r} of {owner!r} for a checkpoint')
-
-    torch.serialization.add_safe_globals([
-        HistoryBuffer, (history_method, 'builtins.getattr'), np.ndarray,
-        np.dtype, _reconstruct, scalar,
-        type(np.dtype(np.float64)),
-        type(np.dtype(np.int64))
-    ])
 
 
 check()

@@ -1,6 +1,7 @@
 """LaViT: Less-Attention Vision Transformer (CVPR 2024, arXiv 2406.00427)."""
 import math
 import os
+import re
 from inspect import signature
 from typing import List, Optional, Sequence, Tuple, Union
 
@@ -447,11 +448,12 @@ class LaViT(BaseModule):
         Raises:
             FileNotFoundError: If a 'Pretrained' checkpoint is a local file
                 that does not exist.
+            ValueError: If its weights are not of this architecture.
         """
         if self.is_init:
             return
         self.apply(init_module)
-        cfgs = self.init_cfg or []
+        cfgs, paths = self.init_cfg or [], []
         for cfg in [cfgs] if isinstance(cfgs, dict) else cfgs:
             if cfg.get('type') != 'Pretrained':
                 continue
@@ -463,7 +465,14 @@ class LaViT(BaseModule):
                     'does not exist. Give its path with --cfg-options '
                     'model.backbone.init_cfg.checkpoint=PATH, or train from '
                     'scratch with --cfg-options model.backbone.init_cfg=None')
-        super().init_weights()
+            paths.append(path)
+        try:
+            super().init_weights()
+        except (AssertionError, ValueError) as error:
+            if not paths:
+                raise
+            raise ValueError(
+                f'LaViT: init_cfg: {", ".join(paths)}: {error}') from error
 
     def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
         """Images to feature maps.
@@ -533,19 +542,39 @@ class LaViT(BaseModule):
     def _load_from_state_dict(self, state_dict, prefix, *args,
                               **kwargs) -> None:
         """Refuses the weights of another architecture instead of skipping."""
+        own = self.state_dict()
+        given = {
+            name[len(prefix):]: value
+            for name, value in state_dict.items() if name.startswith(prefix)
+        }
         wrong = [
-            f'{name} is {tuple(state_dict[prefix + name].shape)} in the '
-            f'checkpoint, {tuple(own.shape)} here'
-            for name, own in self.state_dict().items()
-            if prefix + name in state_dict
-            and state_dict[prefix + name].shape != own.shape
+            f'{name} is {tuple(given[name].shape)} in the checkpoint, '
+            f'{tuple(value.shape)} here' for name, value in own.items()
+            if name in given and given[name].shape != value.shape
         ]
+        here, there = self._blocks(own), self._blocks(given)
+        if given:  # else they are of other parts of the model
+            wrong += [f'{block} is not in the checkpoint'
+                      for block in here if block not in there]
+            wrong += [f'{block} is in the checkpoint alone'
+                      for block in there if block not in here]
         if wrong:
             raise ValueError(
-                f'LaViT: these are weights of another LaViT: {len(wrong)} '
-                f'shapes differ, {"; ".join(wrong[:3])}. Check arch, '
-                'in_channels, pretrain_img_size and max_query_grid')
+                f'LaViT: these are not the weights of this LaViT: {len(wrong)} '
+                f'differences, {"; ".join(wrong[:3])}. ' +
+                (f'The checkpoint begins with {next(iter(given))!r}; with that '
+                 "of a whole model, set init_cfg's prefix='backbone.'"
+                 if not there else 'Check arch, in_channels, '
+                 'pretrain_img_size and max_query_grid'))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _blocks(self, names) -> List[str]:
+        """The layers, of the stages that are built, that have these weights."""
+        found = (re.match(r'stages\.(\d+)\.blocks\.\d+', name)
+                 for name in names)
+        return list(
+            dict.fromkeys(match[0] for match in found
+                          if match and int(match[1]) < len(self.stages)))
 
 
 def init_module(module: nn.Module) -> None:

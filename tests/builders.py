@@ -62,3 +62,63 @@ BATCHES = dict(
     mmdet=detection_batch,
     mmseg=segmentation_batch,
     mmpretrain=classification_batch)
+
+
+def digits_config(data, **options):
+    """The config of a whole training that takes seconds, on make_digits' data.
+
+    Args:
+        data (Path): The folder that tools/make_digits.py made.
+        options: As for ``--cfg-options``, with '__' for '.'.
+    """
+    from mmengine.config import Config
+    loader = dict(
+        batch_size=8,
+        num_workers=0,
+        persistent_workers=False,
+        sampler=dict(type='DefaultSampler', shuffle=True),
+        collate_fn=dict(type='default_collate'),
+        dataset=dict(
+            type='CustomDataset',
+            data_root=str(data / 'classes/train'),
+            indices=list(range(0, 1440, 45)),
+            pipeline=[
+                dict(type='LoadImageFromFile'),
+                dict(type='Resize', scale=32),
+                dict(type='PackInputs')
+            ]))
+    config = Config(
+        dict(
+            default_scope='mmpretrain',
+            custom_imports=dict(
+                imports=['mmlavit'], allow_failed_imports=False),
+            model=dict(
+                type='ImageClassifier',
+                backbone=dict(
+                    type='LaViT',
+                    arch=ARCH,
+                    pretrain_img_size=32,
+                    out_indices=(3, )),
+                neck=dict(type='GlobalAveragePooling'),
+                head=dict(
+                    type='LinearClsHead',
+                    num_classes=10,
+                    in_channels=32,
+                    topk=(1, ))),
+            data_preprocessor=dict(
+                num_classes=10,
+                mean=[127.] * 3,
+                std=[64.] * 3,
+                to_rgb=True),
+            train_dataloader=loader,
+            train_cfg=dict(by_epoch=True, max_epochs=3),
+            optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-3)),
+            param_scheduler=dict(type='CosineAnnealingLR'),
+            custom_hooks=[dict(type='InvalidLossHook')],
+            default_hooks=dict(logger=dict(type='LoggerHook', interval=1)),
+            randomness=dict(seed=0),
+            visualizer=dict(type='UniversalVisualizer')))
+    config.merge_from_dict(
+        {key.replace('__', '.'): value
+         for key, value in options.items()})
+    return config

@@ -7,11 +7,16 @@ launch() {  # script, processes, the script's arguments
         local cores; cores=$(nproc)
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
     fi
+    local address=${MASTER_ADDR:-127.0.0.1} port=${PORT:-29500}
+    local meet=(--node_rank="${NODE_RANK:-0}" --master_addr="$address" --master_port="$port")
+    if [ "${MAX_RESTARTS:-0}" -gt 0 ]; then
+        # Restarted ranks need a store of their own: in the old one they find the
+        # addresses of the dead, and hang.
+        export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+        meet=(--rdzv-backend=c10d --rdzv-endpoint="$address:$port" --max-restarts="$MAX_RESTARTS")
+    fi
     exec python -m torch.distributed.run \
-        --nnodes="${NNODES:-1}" \
-        --node_rank="${NODE_RANK:-0}" \
-        --master_addr="${MASTER_ADDR:-127.0.0.1}" \
-        --master_port="${PORT:-29500}" \
+        --nnodes="${NNODES:-1}" "${meet[@]}" \
         --nproc_per_node="$processes" \
         "$(dirname "${BASH_SOURCE[0]}")/$script" "${@:3}" --launcher pytorch
 }

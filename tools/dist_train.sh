@@ -4,6 +4,8 @@
 #   bash tools/dist_train.sh CONFIG GPUS [ARGUMENTS OF tools/train.py]
 #
 # Several nodes: NNODES, NODE_RANK, MASTER_ADDR and PORT as in the toolboxes.
+# MAX_RESTARTS=3 starts all processes anew when one dies, up to 3 times; with
+# --resume they go on from the last checkpoint.
 set -euo pipefail
 source "$(dirname "$0")/dist_common.sh"
 

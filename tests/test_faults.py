@@ -1,0 +1,422 @@
+"""Damaged and hostile checkpoints, kills, full disks, invalid losses."""
+import errno
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import ARCH, digits_config
+from mmengine.config import Config
+from mmengine.fileio import dump, get_file_backend
+from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer
+from mmengine.runner import Runner
+from mmengine.runner.checkpoint import _load_checkpoint
+
+from mmlavit import LaViT, checkpoints
+from mmlavit.launch import find_script
+
+ROOT = Path(__file__).parents[1]
+
+
+class Call:
+    """Harmless here; loading its pickle calls a function."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call[0], self.call[1:]
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp('data') / 'digits'
+    subprocess.run([sys.executable, ROOT / 'tools/make_digits.py', out,
+                    '--train', '2', '--val', '2'], check=True)
+    return out
+
+
+def make_runner(config: Config, work_dir: Path, **options) -> Runner:
+    config.update(
+        work_dir=str(work_dir), experiment_name=uuid.uuid4().hex, **options)
+    return Runner.from_cfg(config)
+
+
+def train(config: Config, work_dir: Path, **options) -> dict:
+    """The weights after a training in this process."""
+    return make_runner(config, work_dir, **options).train().state_dict()
+
+
+def assert_same(ours: dict, theirs: dict) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+@pytest.fixture(scope='module')
+def trained(digits, tmp_path_factory) -> Path:
+    """Three epochs that nothing disturbed."""
+    work_dir = tmp_path_factory.mktemp('trained')
+    train(digits_config(digits), work_dir)
+    return work_dir
+
+
+def weights(path: Path) -> dict:
+    return torch.load(path, weights_only=True)['state_dict']
+
+
+# Files ----------------------------------------------------------------------
+def bad_file(kind: str, path: Path, good: Path) -> None:
+    ran = str(path.with_suffix('.ran'))
+    if kind == 'truncated':
+        path.write_bytes(good.read_bytes()[:-1000])
+    elif kind == 'code':
+        torch.save(dict(state_dict={}, meta=Call(os.mkdir, ran)), path)
+    elif kind == 'code in an old file':
+        torch.save(dict(meta=Call(os.mkdir, ran)), path,
+                   _use_new_zipfile_serialization=False)
+    elif kind == 'code in a plain pickle':
+        path.write_bytes(pickle.dumps(Call(os.mkdir, ran), protocol=2))
+    elif kind == 'a list':
+        torch.save([torch.zeros(3)], path)
+    else:
+        path.write_bytes(dict(empty=b'', text=b'hello, this is text\n',
+                              picture=b'\x89PNG\r\n\x1a\n' + bytes(99))[kind])
+
+
+BAD = dict(
+    truncated='damaged', empty='of 0 bytes', text='no checkpoint',
+    picture='no checkpoint', code='could run code',
+    **{'code in an old file': 'could run code',
+       'code in a plain pickle': 'could run code',
+       'a list': 'holds a list'})
+
+
+@pytest.mark.parametrize('kind', BAD)
+@pytest.mark.parametrize('new_torch', [True, False])
+def test_bad_files_are_refused_by_name_and_unrun(kind, new_torch, trained,
+                                                 tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, 'SAFE_BY_DEFAULT', new_torch)
+    path = tmp_path / 'bad.pth'
+    bad_file(kind, path, trained / 'epoch_1.pth')
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=BAD[kind]) as error:
+        _load_checkpoint(str(path), map_location='cpu')
+    assert str(error.value).startswith(f'{path}: ')
+    assert 'weights_only' not in str(error.value)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ['bad.pth']  # what the code would have made
+
+
+@pytest.mark.parametrize('new_torch', [True, False])
+def test_log_and_optimizer_of_a_checkpoint_are_read(new_torch, trained,
+                                                    tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, 'SAFE_BY_DEFAULT', new_torch)
+    read = _load_checkpoint(str(trained / 'epoch_3.pth'), map_location='cpu')
+    assert isinstance(read['message_hub']['log_scalars']['train/loss'],
+                      HistoryBuffer)
+    assert read['optimizer']['state'][0]['step'] == 12
+    saved = dict(
+        best=np.float64(0.5), f32=np.float32(2), flag=np.bool_(True),
+        array=np.arange(3), raw=b'\x00\xff',
+        parameter=torch.nn.Parameter(torch.ones(2)))
+    torch.save(saved, tmp_path / 'x.pth')
+    read = _load_checkpoint(str(tmp_path / 'x.pth'))
+    assert str(read) == str(saved)
+
+
+# A checkpoint and its model -------------------------------------------------
+def test_pretrained_weights_must_be_of_this_architecture(tmp_path):
+    def save(arch):
+        torch.save(dict(state_dict={
+            f'backbone.{k}': v for k, v in LaViT(arch).state_dict().items()
+        }), tmp_path / 'x.pth')
+
+    def load(arch, prefix='backbone.', **kwargs):
+        LaViT(arch, init_cfg=dict(
+            type='Pretrained', checkpoint=str(tmp_path / 'x.pth'),
+            prefix=prefix), **kwargs).init_weights()
+
+    tiny = dict(ARCH, depths=(2, 2, 2, 2))
+    save(tiny)
+    load(tiny)
+    load(tiny, out_indices=(0, 1))
+    for wrong, named in ((ARCH, 'stages.2.blocks.2 is not in the checkpoint'),
+                         (dict(tiny, embed_dims=(8, 16, 24, 64)),
+                          'stages.3.patch_embed.conv.weight is')):
+        with pytest.raises(ValueError, match=named) as error:
+            load(wrong)
+        assert str(tmp_path / 'x.pth') in str(error.value)
+    with pytest.raises(ValueError, match="set init_cfg's prefix='backbone.'"):
+        load(tiny, prefix=None)
+    with pytest.raises(ValueError, match='x.pth: neck. is not in the pre'):
+        load(tiny, prefix='neck.')
+    save(ARCH)
+    with pytest.raises(ValueError, match='blocks.2 is in the checkpoint alone'):
+        load(tiny)
+    torch.save(torch.nn.Conv2d(3, 8, 7).state_dict(), tmp_path / 'x.pth')
+    with pytest.raises(ValueError, match="begins with 'weight'"):
+        load(tiny, prefix=None)
+
+
+def detector(digits: Path) -> Config:
+    config = Config.fromfile(ROOT / 'configs/retinanet_lavit_digits.py')
+    for name in ('train', 'val', 'test'):
+        loader = config[f'{name}_dataloader']
+        loader.update(num_workers=0, persistent_workers=False)
+        loader.dataset.data_root = f'{digits}/'
+    for name in ('val', 'test'):
+        config[f'{name}_evaluator'].ann_file = (
+            f'{digits}/annotations/val.json')
+    config.model.backbone.arch.update(ARCH, mlp_ratios=(4, 4, 4, 4))
+    config.model.backbone.pretrain_img_size = 32
+    config.model.neck.in_channels = [16, 24, 32]
+    return config
+
+
+def test_a_test_with_weights_of_another_toolbox_stops(digits, trained,
+                                                      tmp_path):
+    """A classifier's of the same backbone, which mmengine would only log."""
+    path = str(trained / 'epoch_3.pth')
+    runner = make_runner(detector(digits), tmp_path, load_from=path)
+    with pytest.raises(ValueError, match='not of this model') as error:
+        runner.test()
+    assert str(error.value).startswith(f'{path}: ')
+    assert 'missing keys in source state_dict: backbone.norm1' in str(
+        error.value)
+    # To begin a training with is another thing.
+    runner = make_runner(detector(digits), tmp_path, load_from=path)
+    runner._train_loop = runner.build_train_loop(runner._train_loop)
+    runner.load_or_resume()
+    name = 'stages.0.blocks.0.attn.q.weight'
+    assert torch.equal(runner.model.backbone.state_dict()[name],
+                       weights(path)[f'backbone.{name}'])
+
+
+@pytest.mark.parametrize('options, named', [
+    (dict(resume=True), 'missing keys in source state_dict: other.weight'),
+    (dict(), '0 of its 2 weights are among'),
+])
+def test_training_goes_on_with_nothing_else(options, named, digits, tmp_path):
+    path = str(tmp_path / 'x.pth')
+    torch.save(dict(state_dict=torch.nn.Linear(2, 2).state_dict()), path)
+    config = digits_config(digits)
+    runner = make_runner(config, tmp_path / 'work', load_from=path, **options)
+    with pytest.raises(ValueError) as error:
+        runner.train()
+    assert str(error.value).startswith(f'{path}: ')
+    assert not list((tmp_path / 'work').glob('*.pth'))
+
+
+@pytest.mark.parametrize('scope', ['mmpretrain'])
+def test_the_stock_tools_refuse_them_too(scope, digits, tmp_path):
+    bad_file('code', tmp_path / 'bad.pth', tmp_path)
+    config = tmp_path / 'config.py'
+    digits_config(digits).dump(config)
+    result = subprocess.run(
+        [sys.executable, find_script(scope, 'train'), config, '--resume',
+         tmp_path / 'bad.pth', '--work-dir', tmp_path / 'work'],
+        capture_output=True, text=True)
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith(f'ValueError: {tmp_path}/bad.pth: refused'), last
+    assert not (tmp_path / 'bad.ran').exists()
+    assert not list((tmp_path / 'work').glob('*.pth'))
+
+
+# Kills and full disks -------------------------------------------------------
+KILLED_WHILE_WRITING = '''
+import os, runpy, signal, sys
+import mmlavit.checkpoints
+replace = os.replace
+def kill_at_the_second(part, path):
+    if path.endswith('epoch_2.pth'):
+        os.truncate(part, os.path.getsize(part) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(part, path)
+os.replace = kill_at_the_second
+sys.argv = ['train.py'] + sys.argv[1:]
+runpy.run_path('tools/train.py', run_name='__main__')
+'''
+
+
+def test_killed_while_writing_and_resumed_is_as_if_nothing_had_been(
+        digits, trained, tmp_path):
+    config = digits_config(digits)
+    config.dump(tmp_path / 'config.py')
+    work_dir = tmp_path / 'work'
+    result = subprocess.run(
+        [sys.executable, '-c', KILLED_WHILE_WRITING, tmp_path / 'config.py',
+         '--work-dir', work_dir], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
+    left = {path.name for path in work_dir.glob('*.pth*')}
+    assert left == {'epoch_1.pth', 'epoch_2.pth.part'}
+    assert_same(weights(work_dir / 'epoch_1.pth'),
+                weights(trained / 'epoch_1.pth'))
+    resumed = train(config, work_dir, resume=True)
+    assert_same(resumed, weights(trained / 'epoch_3.pth'))
+    assert not list(work_dir.glob('*.part'))
+
+
+@pytest.mark.parametrize('named', ['', 'gone.pth', 'epoch_2.pth', None])
+def test_resumes_from_the_last_whole_checkpoint(named, digits, trained,
+                                                tmp_path):
+    """Whatever became of the file that names it."""
+    (tmp_path / 'epoch_1.pth').write_bytes(
+        (trained / 'epoch_1.pth').read_bytes())
+    (tmp_path / 'epoch_2.pth').write_bytes(
+        (trained / 'epoch_2.pth').read_bytes()[:-9999])
+    if named is not None:
+        (tmp_path / 'last_checkpoint').write_text(named and
+                                                  str(tmp_path / named))
+    resumed = train(digits_config(digits), tmp_path, resume=True)
+    assert_same(resumed, weights(trained / 'epoch_3.pth'))
+
+
+def fill_disk(monkeypatch, at: str) -> None:
+    fsync = os.fsync
+
+    def full(file):
+        if at in os.readlink(f'/proc/self/fd/{file}'):
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        fsync(file)
+
+    monkeypatch.setattr(os, 'fsync', full)
+
+
+def test_full_disk_leaves_the_last_checkpoint(digits, trained, tmp_path,
+                                              monkeypatch):
+    config = digits_config(
+        digits, default_hooks__checkpoint=dict(
+            type='CheckpointHook', interval=1, max_keep_ckpts=1))
+    with monkeypatch.context() as patch:
+        fill_disk(patch, 'epoch_2.pth')
+        with pytest.raises(OSError, match='No space left on device') as error:
+            train(config, tmp_path)
+    assert error.value.errno == errno.ENOSPC
+    assert error.value.filename == str(tmp_path / 'epoch_2.pth')
+    assert [path.name for path in tmp_path.glob('*.pth*')] == ['epoch_1.pth']
+    resumed = train(config, tmp_path, resume=True)
+    assert_same(resumed, weights(trained / 'epoch_3.pth'))
+
+
+def test_files_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / 'best.pth'
+    backend = get_file_backend(str(path))
+    backend.put(b'good', path)
+    dump(dict(a=1), tmp_path / 'new/x.json')
+    assert (tmp_path / 'new/x.json').read_text() == '{"a": 1}'
+    fill_disk(monkeypatch, 'best.pth')
+    with pytest.raises(OSError, match='what was there before is as it was'):
+        backend.put(b'better', path)
+    assert path.read_bytes() == b'good'
+    assert sorted(os.listdir(tmp_path)) == ['best.pth', 'new']
+
+
+# Invalid losses and repeatability -------------------------------------------
+class Overflow(Hook):
+    """At the second step of the second epoch, the images are huge."""
+    scale = float('inf')
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == 5:
+            data_batch['inputs'] = [
+                image * self.scale for image in data_batch['inputs']]
+
+
+def test_invalid_loss_stops_before_the_weights_take_it(digits, trained,
+                                                       tmp_path):
+    runner = make_runner(digits_config(digits), tmp_path)
+    runner.register_hook(Overflow())
+    with pytest.raises(FloatingPointError) as error:
+        runner.train()
+    message = str(error.value)
+    assert message.startswith('Step 6: loss=nan.')
+    assert 'first that is not finite is of backbone.stages.0.patch' in message
+    assert str(tmp_path / 'epoch_1.pth') in message
+    assert {path.name for path in tmp_path.glob('*.pth*')} == {'epoch_1.pth'}
+    assert all(x.isfinite().all() for x in runner.model.state_dict().values())
+    resumed = train(digits_config(digits), tmp_path, resume=True)
+    assert_same(resumed, weights(trained / 'epoch_3.pth'))
+
+
+def test_the_largest_activation_is_named(digits, tmp_path):
+    runner = make_runner(digits_config(digits), tmp_path)
+
+    blocks = runner.model.backbone.stages[1].blocks
+    blocks[0].ffn.fc1.register_forward_hook(lambda m, x, y: y * 1e7)
+    blocks[1].ffn.fc2.register_forward_hook(
+        lambda m, x, y: y / 0 if runner.iter == 2 else y)
+    with pytest.raises(FloatingPointError) as error:
+        runner.train()
+    message = str(error.value)
+    assert message.startswith('Step 3: loss=nan. The largest activation is ')
+    assert 'e+06, of backbone.stages.1.blocks.0.ffn.' in message
+    assert 'first that is not finite is of backbone.stages.1.blocks.1.ffn.' in (
+        message)
+
+
+def test_invalid_weights_are_not_saved(digits, tmp_path):
+    class Spoil(Hook):
+        def after_train_iter(self, runner, *args, **kwargs):
+            if runner.iter == 7:
+                runner.model.head.fc.weight.data[0, 0] = float('nan')
+
+    runner = make_runner(digits_config(digits), tmp_path)
+    runner.register_hook(Spoil())
+    with pytest.raises(FloatingPointError, match='weights head.fc.weight'):
+        runner.train()
+    assert {path.name for path in tmp_path.glob('*.pth*')} == {'epoch_1.pth'}
+
+
+def test_deterministic_mode_gives_the_same_weights_twice(digits, tmp_path):
+    """With all that is random in training."""
+    config = digits_config(
+        digits,
+        model__backbone__drop_path_rate=0.3,
+        model__backbone__dp_loss=dict(),
+        train_dataloader__dataset__pipeline=[
+            dict(type='LoadImageFromFile'),
+            dict(type='Resize', scale=40),
+            dict(type='RandomCrop', crop_size=32),
+            dict(type='RandomFlip', prob=0.5),
+            dict(type='PackInputs')
+        ],
+        train_cfg__max_epochs=2)
+    torch.use_deterministic_algorithms(False)
+    try:
+        runs = [
+            train(config, tmp_path / str(i),
+                  randomness=dict(seed=seed, deterministic=True))
+            for i, seed in enumerate((3, 3, 4))
+        ]
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic = False
+    assert_same(runs[0], runs[1])
+    assert not torch.equal(*(run['head.fc.weight'] for run in runs[1:]))
+
+
+@pytest.mark.parametrize('score_path', ['factored', 'materialised', 'auto'])
+@pytest.mark.parametrize('image_scale, score_scale', [(1e4, 1), (1, 1e6)])
+def test_float16_stays_finite_with_large_activations(score_path, image_scale,
+                                                     score_scale):
+    """Scores of tens of thousands; float16 ends at 65504."""
+    model = LaViT(ARCH, score_path=score_path, pretrain_img_size=64)
+    model.init_weights()
+    for name, parameter in model.named_parameters():
+        if name.endswith(('.q.weight', '.kv.weight')):
+            parameter.data *= score_scale**0.5
+    with torch.autocast('cpu', torch.float16):
+        maps = model(torch.randn(1, 3, 64, 64) * image_scale)
+    assert all(x.isfinite().all() for x in maps)
+    sum(x.float().mean() for x in maps).backward()
+    assert all(x.grad.isfinite().all() for x in model.parameters())

@@ -23,7 +23,9 @@ def test_models_are_compared_in_one_run(options, tmp_path, capsys):
     assert list(results) == names
     for result in results.values():
         assert result['ms_p10'] <= result['ms'] <= result['ms_p90']
+        assert result['ratio_p10'] <= result['ratio'] <= result['ratio_p90']
         assert result['images_per_s'] == pytest.approx(2e3 / result['ms'])
+    assert results['LaViT-T']['ratio'] == 1
     # Without a head; the detector's backbone lacks the first stage's norm.
     assert results['LaViT-T']['params_m'] == pytest.approx(10.53, abs=.01)
     assert 0 < results['LaViT-T']['params_m'] - results[names[1]]['params_m'] < (

@@ -8,7 +8,8 @@
 
 Models are measured in turn, round by round, so that a change of the machine's speed
 meets all of them; warm-up rounds are not counted. Prints medians, their spread and
-each model's throughput over the first one's, and writes JSON and a plot. MODEL is a
+each model's speed over the first one's (the median of the rounds' ratios, and their
+10th and 90th percentile), and writes JSON and a plot. MODEL is a
 name of MODELS or the path of a config whose backbone is taken; with --whole, the
 whole detector of the config, from images to boxes or to a step of the optimizer.
 """
@@ -25,7 +26,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
-from typing import Callable, Dict, List, Optional
+from typing import Callable, Dict, List, Optional, Tuple
 
 import matplotlib
 
@@ -235,11 +236,13 @@ def compare(names: List[str], size: tuple, args) -> Dict[str, dict]:
                 times[name].append(time.perf_counter() - begin)
     results = {}
     for name, step in steps.items():
-        median = statistics.median(times[name])
-        low, *_, high = statistics.quantiles(times[name], n=10)
+        low, median, high = percentiles(times[name])
+        ratios = percentiles(
+            [a / b for a, b in zip(times[names[0]], times[name])])
         results[name] = dict(
             ms=1e3 * median, ms_p10=1e3 * low, ms_p90=1e3 * high,
             images_per_s=args.batch_size / median,
+            ratio=ratios[1], ratio_p10=ratios[0], ratio_p90=ratios[2],
             memory_mb=peak_memory(step, args.device),
             params_m=sum(p.numel()
                          for p in models[name].parameters()) / 1e6,
@@ -249,10 +252,15 @@ def compare(names: List[str], size: tuple, args) -> Dict[str, dict]:
     return results
 
 
+def percentiles(values: List[float]) -> Tuple[float, float, float]:
+    """The 10th, 50th and 90th."""
+    low, *_, high = statistics.quantiles(values, n=10, method='inclusive')
+    return low, statistics.median(values), high
+
+
 def table(results: Dict[str, dict]) -> str:
-    first = next(iter(results.values()))
     lines = [f'{"model":<30}{"ms":>9}{"p10":>9}{"p90":>9}{"images/s":>10}'
-             f'{"MB":>8}{"params M":>10}{"GMACs":>8}{"speed ratio":>13}']
+             f'{"MB":>8}{"params M":>10}{"GMACs":>8}{"speed ratio":>20}']
     for name, r in results.items():
         macs = '' if r['gmacs'] is None else f'{r["gmacs"]:.2f}'
         name = Path(name).stem
@@ -260,7 +268,7 @@ def table(results: Dict[str, dict]) -> str:
             f'{name:<30}{r["ms"]:9.1f}{r["ms_p10"]:9.1f}{r["ms_p90"]:9.1f}'
             f'{r["images_per_s"]:10.2f}{r["memory_mb"]:8.0f}'
             f'{r["params_m"]:10.2f}{macs:>8}'
-            f'{r["images_per_s"] / first["images_per_s"]:13.2f}')
+            f'{r["ratio"]:8.2f} ({r["ratio_p10"]:.2f}-{r["ratio_p90"]:.2f})')
     return '\n'.join(lines)
 
 

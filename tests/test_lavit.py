@@ -107,6 +107,15 @@ def test_paths_agree_where_scores_are_too_many_to_build(monkeypatch):
     test_paths_agree_in_values_and_gradients('auto', (37, 61))
 
 
+def test_pieces_are_recomputed_within_checkpointed_layers(monkeypatch):
+    x = torch.randn(2, 3, 64, 96, dtype=torch.double)
+    expected = gradients(randomise(build()).double(), x)
+    monkeypatch.setitem(MAX_BUILT_SCORES, 'cpu', 100)
+    saved = randomise(build(with_cp=True)).double()
+    for name, grad in gradients(saved, x).items():
+        torch.testing.assert_close(grad, expected[name])
+
+
 @pytest.mark.parametrize('options', [
     dict(max_key_grid=2), dict(max_key_grid=1), dict(value_reduction='pool'),
     dict(max_key_grid=2, value_reduction='pool')], ids=str)

@@ -55,7 +55,7 @@ setup(
     install_requires=[],
     extras_require={
         'tools': ['matplotlib', 'pyyaml', 'scikit-learn', 'tqdm'],
-        'tests': ['hypothesis', 'pytest', 'timm'],
+        'tests': ['hypothesis', 'pytest', 'pytest-xdist', 'timm'],
     },
     cmdclass={'build_py': BuildWithMim},
     zip_safe=False,

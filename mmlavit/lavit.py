@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import (AttentionDownsample, Grid, LayerScores, LessAttention,
-                        Scores, VanillaAttention, key_ratio, normalise, to_map,
-                        to_tokens)
+                        Scores, VanillaAttention, key_ratio, normalise,
+                        pooled_grid, to_map, to_tokens)
 from .checks import (require, require_bool, require_choice, require_int,
                      require_ints, require_keys, require_layer, require_number,
                      require_type)
@@ -384,9 +384,9 @@ class LaViT(BaseModule):
             total_stride = math.prod(strides[:i + 1])
             # Grids of the pre-training size, on which Psi and Theta are learned
             q_side = math.ceil(pretrain_img_size / total_stride)
-            k_side = math.ceil(
-                q_side /
-                key_ratio((q_side, q_side), sr_ratios[i], max_key_grid))
+            q_grid = (q_side, q_side)
+            k_grid = pooled_grid(
+                q_grid, key_ratio(q_grid, sr_ratios[i], max_key_grid))
             q_side = min(q_side, max_query_grid)
             common = dict(
                 dims=embed_dims[i],
@@ -407,7 +407,7 @@ class LaViT(BaseModule):
                         **common,
                         reduction=value_reduction,
                         q_base_grid=(q_side, q_side),
-                        k_base_grid=(k_side, k_side),
+                        k_base_grid=k_grid,
                         transform=transform)
                 blocks.append(
                     Block(attn, embed_dims[i], arch['mlp_ratios'][i], norm_cfg,
@@ -418,7 +418,8 @@ class LaViT(BaseModule):
                 last = total_stride // strides[i] * sr_ratios[i - 1]
                 require(
                     last == total_stride * sr_ratios[i], 'sr_ratios',
-                    sr_ratios, f'stage {i} inherits scores, so its total stride times '
+                    sr_ratios,
+                    f'stage {i} inherits scores, so its total stride times '
                     f'ratio ({total_stride} x {sr_ratios[i]}) must equal that '
                     f'of stage {i - 1} ({last}), as with (8, 4, 2, 1) at '
                     'strides (4, 2, 2, 2); or set attn_residual=False and begin '

@@ -233,7 +233,8 @@ def summarise(args, variants: List[str]) -> List[dict]:
         top1 = [accuracy(folder(args, variant, seed)) for seed in args.seeds]
         seen = [analyse(args, variant, seed) for seed in args.seeds]
         rows.append(dict(
-            variant=variant, scale=scale(args), seeds=len(top1), top1=statistics.fmean(top1),
+            variant=variant, scale=scale(args), seeds=len(top1),
+            top1=statistics.fmean(top1),
             spread=statistics.stdev(top1) if len(top1) > 1 else None,
             **{key: mean([run[key] for run in seen]) for key in seen[0]}))
     return rows

@@ -133,9 +133,9 @@ def make_forward(model: nn.Module, size: tuple, args) -> Callable:
         x = torch.rand(args.batch_size, 3, *size, device=args.device)
         return lambda: model(x)
     from mmdet.testing import demo_mm_inputs
-    data = demo_mm_inputs(
-        args.batch_size, [(3, *size)] * args.batch_size, num_items=[10] * args.batch_size,
-        num_classes=model.bbox_head.num_classes)
+    n = args.batch_size
+    data = demo_mm_inputs(n, [(3, *size)] * n, num_items=[10] * n,
+                          num_classes=model.bbox_head.num_classes)
 
     def forward() -> list:
         batch = model.data_preprocessor(data, args.train)
@@ -278,7 +278,8 @@ def plot(results: Dict[str, Dict[str, dict]], path: Path) -> None:
     if len(results) == 1:
         rows, = results.values()
         fig, ax = plt.subplots(figsize=(7, .4 * len(names) + 1.2))
-        ax.barh([Path(name).stem for name in names], [rows[name]['images_per_s'] for name in names])
+        ax.barh([Path(name).stem for name in names],
+                [rows[name]['images_per_s'] for name in names])
         ax.invert_yaxis()
         ax.set_xlabel('images/s')
     else:

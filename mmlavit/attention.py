@@ -23,6 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 Grid = Tuple[int, int]
 
+# From torch 2.3; older ones do not compile LaViT.
+is_compiling = getattr(torch.compiler, 'is_compiling', lambda: False)
+
 # Entries of the score matrices that score_path='auto' builds at once: 4 MB in
 # float32, which stay in a CPU's cache; a GPU wants larger pieces. It bounds the
 # memory, which is else linear in the pixels.
@@ -70,7 +73,9 @@ def key_ratio(grid: Grid, sr_ratio: int, max_key_grid: Optional[int]) -> int:
     """
     if max_key_grid is None:
         return sr_ratio
-    return sr_ratio * -(-max(grid) // (sr_ratio * max_key_grid))
+    ratio = sr_ratio * -(-max(grid) // (sr_ratio * max_key_grid))
+    # A tracer's sizes are tensors, which torch 2.1 does not pool by.
+    return int(ratio) if torch.jit.is_tracing() else ratio
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -149,7 +154,7 @@ class FactoredScores(NamedTuple):
             to_map(q, q_grid),
             depthwise.repeat_interleave(dims // heads, dim=0),
             stride=stride,
-            padding=depthwise.shape[-1] // 2,
+            padding=1,
             groups=dims)
         return FactoredScores(to_tokens(q), k, heads, mix)
 
@@ -210,7 +215,7 @@ class MaterialisedScores(NamedTuple):
             maps,
             depthwise,
             stride=stride,
-            padding=depthwise.shape[-1] // 2,
+            padding=1,
             groups=heads)
         scores = maps.flatten(2).unflatten(0, (batch, keys))
         scores = scores.permute(0, 2, 3, 1)
@@ -439,7 +444,7 @@ class Attention(nn.Module):
         rows = max(1, most // row)
         if queries <= rows:
             return self.attend_mixed(scores, v)
-        if torch.compiler.is_compiling():
+        if is_compiling():
             # The number of pieces would be built into the graph.
             return self.attend_factored(scores, v)
         pieces = []

@@ -1,4 +1,5 @@
 """Small models and batches that several test modules use."""
+import pytest
 import torch
 from mmengine.structures import InstanceData, PixelData
 from torch import nn
@@ -17,6 +18,15 @@ def randomise(model: nn.Module, std: float = 0.2) -> nn.Module:
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=std)
     return model
+
+
+def cpu_autocast(dtype: torch.dtype) -> torch.autocast:
+    """Autocast, or a skipped test: torch < 2.3 has no float16 on CPUs."""
+    try:
+        with torch.autocast('cpu', dtype):
+            return torch.autocast('cpu', dtype)
+    except RuntimeError as error:
+        pytest.skip(str(error))
 
 
 def images(size: tuple) -> list:

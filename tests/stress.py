@@ -67,9 +67,9 @@ def being_written(work_dir: Path, since: float) -> set:
 
 
 def final_state(work_dir: Path) -> dict:
-    import mmlavit  # noqa: F401  (lets the safe loader read the log's buffers)
+    from mmlavit.checkpoints import load_from_local
     path = (work_dir / 'last_checkpoint').read_text()
-    checkpoint = torch.load(path, weights_only=True)
+    checkpoint = load_from_local(path)
     moments = checkpoint['optimizer']['state'].items()
     return dict(
         checkpoint['state_dict'],

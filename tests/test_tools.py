@@ -16,6 +16,7 @@ import torch
 from mmengine.config import Config
 
 from mmlavit import launch
+from mmlavit.checkpoints import load_from_local
 
 ROOT = Path(__file__).parents[1]
 
@@ -225,7 +226,7 @@ def test_two_cpu_processes_train_resume_and_test(digits, tmp_path, free_port):
         results.append({k: v for k, v in metrics.items() if 'mAP' in k})
     assert results[0] == results[1]
     assert 0 <= results[0]['coco/bbox_mAP_50'] <= 1
-    state = torch.load(checkpoint, weights_only=True)['state_dict']
+    state = load_from_local(str(checkpoint))['state_dict']
     assert all(value.isfinite().all() for value in state.values())
 
 

@@ -34,6 +34,8 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 # Else the profiler complains of a missing GPU.
 os.environ.setdefault('KINETO_LOG_LEVEL', '5')
+# A profile here is one cycle.
+warnings.filterwarnings('ignore', 'Profiler clears events')
 import torch  # noqa: E402
 from mmengine.analysis import get_model_complexity_info  # noqa: E402
 from mmengine.config import Config  # noqa: E402
@@ -182,7 +184,7 @@ def peak_memory(step: Callable[[], None], device: str) -> float:
     if device != 'cuda':
         # The process's own memory would tell what the other models left.
         with profile(activities=[ProfilerActivity.CPU],
-                     profile_memory=True, acc_events=True) as run:
+                     profile_memory=True) as run:
             step()
         with tempfile.TemporaryDirectory() as folder:
             trace = Path(folder, 'trace.json')
@@ -200,7 +202,7 @@ def peak_memory(step: Callable[[], None], device: str) -> float:
 
 def profile_table(step: Callable[[], None]) -> str:
     """Where the time of a step goes, by operator."""
-    with profile(acc_events=True) as run:
+    with profile() as run:
         step()
     return run.key_averages().table(
         sort_by='self_cpu_time_total', row_limit=12, max_name_column_width=40)

@@ -19,6 +19,7 @@ from typing import Optional
 import torch
 
 import mmlavit
+from mmlavit.checkpoints import load_from_local
 
 
 def plain(x):
@@ -35,11 +36,10 @@ def plain(x):
 def load(path: Path) -> dict:
     """A checkpoint, by the safe loader."""
     try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:
-        raise SystemExit(f'{path}: not a checkpoint that the safe loader reads '
-                         f'({type(error).__name__}: {error})')
-    if not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint:
+        checkpoint = load_from_local(str(path), map_location='cpu')
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(str(error))
+    if 'state_dict' not in checkpoint:
         raise SystemExit(f'{path}: no state_dict in it: expected a checkpoint '
                          'of tools/train.py')
     return checkpoint

@@ -5,17 +5,29 @@
 #   bash tools/setup_env.sh
 #   PYTHON=python3.12 bash tools/setup_env.sh     another interpreter
 #   MMCV_CUDA_OPS=0 bash tools/setup_env.sh       CPU ops although a GPU is there
+#   STACK=onedl bash tools/setup_env.sh           the OneDL forks, in .venv-onedl
+#   STACK=oldest bash tools/setup_env.sh          torch 2.1 and its time's
+#                                                 libraries, in .venv-oldest
 #
 # tools/demo.sh and tools/test.sh source this file and then run in .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-VENV=.venv
-STAMP=$VENV/.mmlavit-setup
 PYTHON=${PYTHON:-python3}
+STACK=${STACK:-openmmlab}
 
 say() { printf '[setup %s] %s\n' "$(date +%H:%M:%S)" "$*"; }
 die() { printf '\n[setup] ERROR: %s\n' "$*" >&2; exit 1; }
+
+# The names of the toolboxes are in requirements/$TOOLBOXES.txt.
+VENV=.venv-$STACK TOOLBOXES=openmmlab MMCV=mmcv PINS=requirements/constraints.txt LAST_PYTHON=12
+case $STACK in
+    openmmlab) VENV=.venv ;;
+    onedl) TOOLBOXES=onedl MMCV=onedl-mmcv ;;
+    oldest) PINS=requirements/constraints-oldest.txt LAST_PYTHON=11 ;;
+    *) die "STACK=$STACK is not known. Choose openmmlab (the default), onedl or oldest." ;;
+esac
+STAMP=$VENV/.mmlavit-setup
 
 STEP='the start'
 step() { STEP=$1; say "$1"; }
@@ -25,7 +37,7 @@ on_error() {
     printf '[setup] To start over, remove %s first.\n' "$VENV" >&2
 }
 
-pip_install() { "$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off -c requirements/constraints.txt "$@"; }
+pip_install() { "$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off -c "$PINS" "$@"; }
 
 # The kind of ops to build: CUDA ops take a GPU that torch can use and an nvcc of
 # torch's CUDA version; else there are CPU ops, with a word on why.
@@ -83,7 +95,7 @@ install_mmcv() {  # $1: cpu | cuda, the rest: pip's options
     local hide=()
     [ "$ops" = cuda ] || hide=(CUDA_VISIBLE_DEVICES=)
     env MMCV_WITH_OPS=1 "${hide[@]}" "$VENV/bin/python" -m pip install \
-        --disable-pip-version-check -c requirements/constraints.txt -v --no-build-isolation --no-deps "$@" mmcv 2>&1 | show_build \
+        --disable-pip-version-check -c "$PINS" -v --no-build-isolation --no-deps "$@" "$MMCV" 2>&1 | show_build \
         || { tail -n 40 "$VENV/mmcv-build.log" >&2; return 1; }
 }
 
@@ -98,8 +110,8 @@ setup_env() {
     set -E
 
     command -v "$PYTHON" >/dev/null || die "$PYTHON is not there. Install Python 3.10, 3.11 or 3.12, or name one: PYTHON=/path/to/python3.11 bash tools/setup_env.sh"
-    "$PYTHON" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
-        || die "$("$PYTHON" --version 2>&1) found, but the pinned stack needs Python 3.10, 3.11 or 3.12. Name one: PYTHON=/path/to/python3.11 bash tools/setup_env.sh"
+    "$PYTHON" -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, $LAST_PYTHON))" \
+        || die "$("$PYTHON" --version 2>&1) found, but this stack needs Python 3.10 to 3.$LAST_PYTHON. Name one: PYTHON=/path/to/python3.11 bash tools/setup_env.sh"
 
     local version wanted
     version=$("$PYTHON" -c 'import sys; print(sys.version)' | tr '\n' ' ')
@@ -121,7 +133,7 @@ setup_env() {
 
     step '2/5 torch, mmdetection, mmsegmentation, mmpretrain (1 to 5 minutes, 3 GB to download)'
     pip_install -r requirements/build.txt
-    pip_install -r requirements/stack.txt -r requirements/tools.txt -r requirements/tests.txt
+    pip_install -r requirements/stack.txt -r requirements/$TOOLBOXES.txt -r requirements/tools.txt -r requirements/tests.txt
     # opencv-python needs libGL, which servers and containers often lack.
     "$VENV/bin/python" -c 'import cv2' 2>/dev/null || {
         say 'cv2 does not import here (no libGL?): taking the headless build.'
@@ -129,7 +141,7 @@ setup_env() {
     }
 
     local ops; ops=$(choose_ops)
-    step "3/5 mmcv with $ops ops (about 10 minutes on 2 cores; seconds if pip has the wheel cached)"
+    step "3/5 $MMCV with $ops ops (about 10 minutes on 2 cores; seconds if pip has the wheel cached)"
     install_mmcv "$ops"
 
     step '4/5 checking that mmcv.ops runs'

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 Grid = Tuple[int, int]
 
-# From torch 2.3; older ones do not compile LaViT.
+# Not in torch 2.1, which does not compile LaViT.
 is_compiling = getattr(torch.compiler, 'is_compiling', lambda: False)
 
 # Entries of the score matrices that score_path='auto' builds at once: 4 MB in

@@ -21,7 +21,7 @@ def randomise(model: nn.Module, std: float = 0.2) -> nn.Module:
 
 
 def cpu_autocast(dtype: torch.dtype) -> torch.autocast:
-    """Autocast, or a skipped test: torch < 2.3 has no float16 on CPUs."""
+    """Autocast, or a skipped test: torch 2.1 has no float16 on CPUs."""
     try:
         with torch.autocast('cpu', dtype):
             return torch.autocast('cpu', dtype)

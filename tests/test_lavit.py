@@ -231,7 +231,7 @@ def test_autocast_is_close_to_float32(dtype, path):
 
 
 @pytest.mark.skipif(
-    not hasattr(torch.compiler, 'is_compiling'), reason='needs torch >= 2.3')
+    not hasattr(torch.compiler, 'is_compiling'), reason='not in torch 2.1')
 def test_compiles_as_one_graph_for_changing_sizes():
     # A layer of each kind: tracing takes most of a minute for ARCH.
     arch = {**ARCH, 'depths': (1, 1, 2, 1), 'num_va_layers': (1, 1, 1, 0)}

@@ -5,6 +5,8 @@ depends on the machine, and the OneDL forks keep the import names under other
 distribution names.
 """
 import importlib
+import importlib.metadata
+import importlib.util
 import re
 import warnings
 
@@ -47,8 +49,22 @@ def check() -> None:
             '--no-cache-dir --force-reinstall')
 
 
+def find_forks() -> None:
+    """Lets ``mmseg::`` bases load where OneDL's fork of mmsegmentation is.
+
+    OneDL's mmengine, too, looks for it under the name of OpenMMLab's distribution.
+    """
+    from mmengine.config.utils import MODULE2PACKAGE
+    try:
+        importlib.metadata.distribution(MODULE2PACKAGE['mmseg'])
+    except importlib.metadata.PackageNotFoundError:
+        if importlib.util.find_spec('mmseg'):
+            MODULE2PACKAGE['mmseg'] = 'mmseg'
+
+
 def _parse(version: str) -> list:
     return [int(number) for number in re.findall(r'\d+', version)[:3]]
 
 
 check()
+find_forks()

@@ -1,6 +1,7 @@
 """Import, its messages, and the safe loading of checkpoints."""
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +70,18 @@ print(mmlavit.LaViT(arch='tiny').arch['depths'])
     assert 'without usable ops' in result.stderr
     assert 'undefined symbol' in result.stderr
     assert '--no-build-isolation' in result.stderr
+
+
+@pytest.mark.parametrize('variable, message', [
+    ('STACK=newest', 'STACK=newest is not known. Choose openmmlab'),
+    ('PYTHON=python3.99', 'python3.99 is not there. Install Python 3.10'),
+])
+def test_set_up_names_what_it_cannot_use(variable, message):
+    root = Path(__file__).parents[1]
+    result = subprocess.run(
+        ['env', variable, 'bash', root / 'tools/setup_env.sh'],
+        capture_output=True, text=True)
+    assert result.returncode == 1 and message in result.stderr
 
 
 def test_mmengine_checkpoints_load_safely(tmp_path):

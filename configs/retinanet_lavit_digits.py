@@ -8,7 +8,7 @@ data. Everything that is not named here is as in the COCO config.
 _base_ = './retinanet_lavit_t_coco.py'
 
 image_size = (160, 160)
-num_epochs = 7
+num_epochs = 8
 
 model = dict(
     # Every batch at one of three sizes: a third fewer pixels, and a higher AP.
@@ -97,10 +97,8 @@ param_scheduler = [
         by_epoch=True,
         convert_to_iter_based=True)
 ]
-# One group of parameters, stepped together: the optimizer takes half the time.
 optim_wrapper = dict(
-    optimizer=dict(lr=1.5e-3, weight_decay=0., foreach=True),
-    paramwise_cfg=None,
+    optimizer=dict(lr=1.5e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=10, norm_type=2))
 randomness = dict(seed=0)
 default_hooks = dict(

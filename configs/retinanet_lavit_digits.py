@@ -8,17 +8,9 @@ data. Everything that is not named here is as in the COCO config.
 _base_ = './retinanet_lavit_t_coco.py'
 
 image_size = (160, 160)
-num_epochs = 8
+num_epochs = 6
 
 model = dict(
-    # Every batch at one of three sizes: a third fewer pixels, and a higher AP.
-    data_preprocessor=dict(batch_augments=[
-        dict(
-            type='BatchSyncRandomResize',
-            random_size_range=(96, 160),
-            size_divisor=32,
-            interval=1)
-    ]),
     backbone=dict(
         arch=dict(
             _delete_=True,
@@ -86,7 +78,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/val.json')
 test_evaluator = val_evaluator
 
-train_cfg = dict(max_epochs=num_epochs, val_interval=4)
+train_cfg = dict(max_epochs=num_epochs, val_interval=3)
 param_scheduler = [
     dict(
         type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=100),

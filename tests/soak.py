@@ -55,7 +55,6 @@ def main() -> None:
     # From 48 x 48 to 208 x 208, never the same for long.
     loader.dataset.pipeline[2] = dict(
         type='RandomResize', scale=(160, 160), ratio_range=(0.3, 1.3))
-    config.model.data_preprocessor.batch_augments = None
     config.model.backbone.arch.update(ARCH)
     config.model.backbone.dp_loss = dict()
     config.model.neck.update(in_channels=[16, 24, 32], out_channels=16)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.logging import MessageHub
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
@@ -51,7 +50,6 @@ def train_step(path: Path):
     optim_wrapper = build_optim_wrapper(model, config.optim_wrapper)
     scope = config.default_scope
     size = SIZES.get(path.stem, SIZES[scope])
-    MessageHub.get_current_instance().update_info('iter', 0)
     losses = model(**BATCHES[scope](model, size), mode='loss')
     loss, log = model.parse_losses(losses)
     assert loss.isfinite()

@@ -6,6 +6,7 @@ differences: mmlavit is imported, what one toolbox's script does not know of the
 common arguments is translated, and ranks without a GPU talk over gloo.
 """
 import argparse
+import gc
 import importlib.util
 import runpy
 import sys
@@ -55,6 +56,12 @@ def main(task: str) -> None:
     script = find_script(scope, task)
     sys.argv = [str(script), *argv]
     runpy.run_path(str(script), run_name='__main__')
+    # None of the scripts ends its process group, and gloo's threads abort a rank
+    # that keeps it to the interpreter's end, its training already complete. A DDP
+    # model keeps it too, and a runner is a cycle that holds one.
+    if torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()
 
 
 def find_script(scope: str, task: str) -> Path:

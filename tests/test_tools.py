@@ -178,6 +178,34 @@ def test_slurm_passes_everything_on(tmp_path):
     assert 'x.pth' in words and words[-2:] == ['--launcher', 'slurm']
 
 
+def test_ranks_leave_their_process_group(tmp_path, free_port):
+    """One that keeps it, or a DDP model in it, is aborted at its end now and then."""
+    stock, main = tmp_path / 'stock.py', tmp_path / 'main.py'
+    stock.write_text(
+        'import torch\n'
+        'model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))\n'
+        'model(torch.randn(3, 2)).sum().backward()\n'
+        'class Runner: pass\n'
+        'runner = Runner()\n'
+        'runner.self, runner.model = runner, model\n')
+    main.write_text(
+        'import gc, pathlib, torch\n'
+        'from mmlavit import launch\n'
+        'def end():\n'
+        '    alive = [x for x in gc.get_objects() if type(x).__name__ == "Runner"]\n'
+        '    print("kept:", len(alive))\n'
+        '    destroy()\n'
+        'destroy, torch.distributed.destroy_process_group = (\n'
+        '    torch.distributed.destroy_process_group, end)\n'
+        f'launch.find_script = lambda *args: pathlib.Path({str(stock)!r})\n'
+        'launch.main("train")\n'
+        'print("left:", not torch.distributed.is_initialized())\n')
+    log = run(sys.executable, main, ROOT / 'configs/lavit_t_in1k.py', '--launcher',
+              'pytorch', RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1',
+              MASTER_PORT=str(free_port), CUDA_VISIBLE_DEVICES='')
+    assert 'kept: 0' in log and 'left: True' in log
+
+
 def test_two_cpu_processes_train_resume_and_test(digits, tmp_path, free_port):
     """The whole chain over gloo, from the COCO config's child."""
     (tmp_path / 'digits.py').write_text(

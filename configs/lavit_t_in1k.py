@@ -28,7 +28,8 @@ train_dataloader = dict(batch_size=128)
 val_dataloader = dict(batch_size=128)
 test_dataloader = val_dataloader
 
-optim_wrapper = dict(clip_grad=dict(max_norm=5.0))
+optim_wrapper = dict(
+    constructor='MergedGroupsConstructor', clip_grad=dict(max_norm=5.0))
 param_scheduler = [
     dict(
         type='LinearLR',

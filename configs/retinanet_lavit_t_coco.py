@@ -31,4 +31,5 @@ model = dict(
 
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, weight_decay=1e-4),
+    constructor='MergedGroupsConstructor',
     paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0.))

@@ -4,7 +4,7 @@ Importing this package, or naming it in a config's ``custom_imports``, registers
 ``type='LaViT'`` in all three.
 """
 from . import environment  # isort: skip  (first: says what is missing)
-from . import checkpoints, invalid_loss
+from . import checkpoints, invalid_loss, optim
 from .complexity import register_flop_handles
 from .dp_loss import DiagonalityPreservingLoss
 from .lavit import LaViT

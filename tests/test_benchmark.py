@@ -35,6 +35,23 @@ def test_models_are_compared_in_one_run(options, tmp_path, capsys):
     assert 'speed ratio' in capsys.readouterr().out
 
 
+def test_model_that_fails_is_left_out(tmp_path, capsys):
+    fails = tmp_path / 'fails.py'
+    fails.write_text(f"_base_ = {str(ROOT / 'configs/retinanet_lavit_t_coco.py')!r}\n"
+                     'model = dict(backbone=dict(in_channels=4))')
+    options = ['--size', '64', '64', '--batch-size', '1', '--rounds', '2', '--warmup',
+               '0', '--no-macs', '--device', 'cpu', '--out', str(tmp_path)]
+    tool['main']([str(fails), 'LaViT-T', 'LaViT-T-twin', *options])
+    assert 'fails.py is left out: ValueError: LaViT: x.shape=' in (
+        capsys.readouterr().err)
+    saved = json.loads((tmp_path / 'benchmark.json').read_text())
+    results = saved['results']['64x64']
+    assert list(results) == ['LaViT-T', 'LaViT-T-twin']
+    assert results['LaViT-T']['ratio'] == 1
+    with pytest.raises(SystemExit, match='No model is left'):
+        tool['main']([str(fails), *options])
+
+
 def test_memory_is_that_of_the_tensors_alive_at_once():
     def step():
         first = torch.ones(1000, 250)  # 1 MB

@@ -22,6 +22,7 @@ import logging
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -224,9 +225,12 @@ def count(model: nn.Module, size: tuple) -> Optional[float]:
 def compare(names: List[str], size: tuple, args) -> Dict[str, dict]:
     """Times of every model, interleaved; memory of each by itself."""
     models = {name: build(name, args) for name in names}
-    steps = {name: make_step(model, size, args)
-             for name, model in models.items()}
-    times = {name: [] for name in names}
+    steps = {name: step for name, model in models.items()
+             if works(name, step := make_step(model, size, args))}
+    if not steps:
+        raise SystemExit('No model is left to be measured.')
+    times = {name: [] for name in steps}
+    first = next(iter(steps))
     for i in tqdm(range(args.warmup + args.rounds),
                   f'{size[0]}x{size[1]}', disable=None):
         for name, step in steps.items():
@@ -240,7 +244,7 @@ def compare(names: List[str], size: tuple, args) -> Dict[str, dict]:
     for name, step in steps.items():
         low, median, high = percentiles(times[name])
         ratios = percentiles(
-            [a / b for a, b in zip(times[names[0]], times[name])])
+            [a / b for a, b in zip(times[first], times[name])])
         results[name] = dict(
             ms=1e3 * median, ms_p10=1e3 * low, ms_p90=1e3 * high,
             images_per_s=args.batch_size / median,
@@ -252,6 +256,17 @@ def compare(names: List[str], size: tuple, args) -> Dict[str, dict]:
             gmacs=None if args.no_macs or args.whole else count(
                 models[name], size))
     return results
+
+
+def works(name: str, step: Callable) -> bool:
+    """Takes the first step, which compiles; a model that fails loses no other's."""
+    try:
+        step()
+    except Exception as error:
+        print(f'{name} is left out: {type(error).__name__}: '
+              f'{str(error).strip().partition(chr(10))[0]}', file=sys.stderr)
+        return False
+    return True
 
 
 def percentiles(values: List[float]) -> Tuple[float, float, float]:
@@ -288,10 +303,11 @@ def plot(results: Dict[str, Dict[str, dict]], path: Path) -> None:
         fig, axes = plt.subplots(1, 2, figsize=(11, 4.2))
         for ax, key in zip(axes, ('ms', 'memory_mb')):
             for name in names:
-                sizes = [tuple(map(int, s.split('x'))) for s in results]
+                sizes = [tuple(map(int, size.split('x')))
+                         for size, r in results.items() if name in r]
                 ax.loglog([h * w for h, w in sizes],
-                          [r[name][key] for r in results.values()], 'o-',
-                          label=name)
+                          [r[name][key] for r in results.values() if name in r],
+                          'o-', label=name)
             ax.set_xlabel('pixels')
             ax.set_ylabel(key)
             ax.grid(alpha=.3, which='both')

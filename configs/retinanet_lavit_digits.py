@@ -101,4 +101,6 @@ optim_wrapper = dict(
 randomness = dict(seed=0)
 default_hooks = dict(
     logger=dict(interval=50),
-    checkpoint=dict(max_keep_ckpts=2))
+    checkpoint=dict(max_keep_ckpts=2),
+    # A picture shows what was drawn last, and that is the lowest score.
+    visualization=dict(score_thr=0.5))

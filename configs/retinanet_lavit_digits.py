@@ -97,6 +97,7 @@ optim_wrapper = dict(
         betas=(0.9, 0.99),  # 2,250 steps are few for 0.999
         weight_decay=0.05,
         foreach=True),
+    paramwise_cfg=dict(bypass_duplicate=True),  # the head's levels share weights
     clip_grad=dict(max_norm=10, norm_type=2))
 randomness = dict(seed=0)
 default_hooks = dict(

@@ -20,6 +20,10 @@ class MergedGroupsConstructor(DefaultOptimWrapperConstructor):
     Args:
         optim_wrapper_cfg (dict): As mmengine's.
         paramwise_cfg (dict, optional): As mmengine's. Default: None.
+
+    Raises:
+        ValueError: When modules share a parameter and ``bypass_duplicate`` is not
+            set; an optimizer would update it once for each of them.
     """
 
     def add_params(self,
@@ -30,6 +34,11 @@ class MergedGroupsConstructor(DefaultOptimWrapperConstructor):
         super().add_params(params, module, prefix, is_dcn_module)
         if prefix:  # the recursion is still on its way
             return
+        listed = [id(parameter) for group in params for parameter in group['params']]
+        if len(listed) != len(set(listed)):
+            raise ValueError(
+                f'paramwise_cfg={self.paramwise_cfg}: modules of {type(module).__name__} '
+                'share parameters: set paramwise_cfg.bypass_duplicate=True')
         merged = {}
         for group in params:
             own = tuple(sorted(

@@ -1,9 +1,10 @@
 """Runs the toolbox's own train and test scripts, on the CPU ranks they lack.
 
 ``tools/train.py`` and ``tools/test.py`` of mmlavit are these scripts of mmdet,
-mmseg or mmpretrain, whichever the config's ``default_scope`` names, with three
+mmseg or mmpretrain, whichever the config's ``default_scope`` names, with four
 differences: mmlavit is imported, what one toolbox's script does not know of the
-common arguments is translated, and ranks without a GPU talk over gloo.
+common arguments is translated, ranks without a GPU talk over gloo, and all ranks
+leave their process group at the end.
 """
 import argparse
 import gc

@@ -42,8 +42,9 @@ def test_model_that_fails_is_left_out(tmp_path, capsys):
     options = ['--size', '64', '64', '--batch-size', '1', '--rounds', '2', '--warmup',
                '0', '--no-macs', '--device', 'cpu', '--out', str(tmp_path)]
     tool['main']([str(fails), 'LaViT-T', 'LaViT-T-twin', *options])
-    assert 'fails.py is left out: ValueError: LaViT: x.shape=' in (
-        capsys.readouterr().err)
+    printed = capsys.readouterr().err
+    assert 'fails.py is left out: ValueError: LaViT: x.shape=' in printed
+    assert 'Ratios are over LaViT-T.' in printed
     saved = json.loads((tmp_path / 'benchmark.json').read_text())
     results = saved['results']['64x64']
     assert list(results) == ['LaViT-T', 'LaViT-T-twin']

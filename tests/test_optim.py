@@ -2,6 +2,7 @@
 import copy
 from pathlib import Path
 
+import pytest
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
@@ -42,6 +43,14 @@ def test_coco_config_has_two_groups_of_the_same_settings():
     assert len(stock.param_groups) == len(settings(merged, model)) == len(trained)
 
 
+def test_demo_updates_its_shared_weights_once():
+    config = Config.fromfile(COCO.with_name('retinanet_lavit_digits.py'))
+    init_default_scope('mmdet')
+    model = build_model(config)
+    optimizer = build_optim_wrapper(model, config.optim_wrapper).optimizer
+    assert settings(optimizer, model).keys() == dict(model.named_parameters()).keys()
+
+
 def small_model() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
@@ -61,13 +70,14 @@ def test_every_own_setting_keeps_its_group():
     assert sorted(len(group['params']) for group in merged.param_groups) == [2, 2, 3]
 
 
-def test_updates_are_the_same():
+@pytest.mark.parametrize('foreach', [False, True])
+def test_updates_are_the_same(foreach):
     weights = []
     for constructor in ('DefaultOptimWrapperConstructor', 'MergedGroupsConstructor'):
         model = small_model()
         optim_wrapper = build_optim_wrapper(model, dict(
             constructor=constructor,
-            optimizer=dict(type='AdamW', lr=1e-2, weight_decay=0.1),
+            optimizer=dict(type='AdamW', lr=1e-2, weight_decay=0.1, foreach=foreach),
             paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0.)))
         x = torch.randn(2, 3, 5, 5)
         for _ in range(3):
@@ -75,4 +85,18 @@ def test_updates_are_the_same():
         weights.append(nn.utils.parameters_to_vector(model.parameters()))
         assert not torch.equal(weights[0], nn.utils.parameters_to_vector(
             small_model().parameters()))
-    assert torch.equal(*weights)
+    torch.testing.assert_close(*weights)
+
+
+def test_shared_parameter_is_updated_once_or_refused():
+    model = small_model()
+    model.append(nn.Sequential(model[2]))
+    config = dict(
+        constructor='MergedGroupsConstructor',
+        optimizer=dict(type='AdamW', lr=1e-2, weight_decay=0.1),
+        paramwise_cfg=dict(norm_decay_mult=0.))
+    with pytest.raises(ValueError, match='share parameters.*bypass_duplicate=True'):
+        build_optim_wrapper(model, copy.deepcopy(config))
+    config['paramwise_cfg']['bypass_duplicate'] = True
+    optimizer = build_optim_wrapper(model, config).optimizer
+    assert settings(optimizer, model).keys() == dict(model.named_parameters()).keys()

@@ -227,10 +227,10 @@ def compare(names: List[str], size: tuple, args) -> Dict[str, dict]:
     models = {name: build(name, args) for name in names}
     steps = {name: step for name, model in models.items()
              if works(name, step := make_step(model, size, args))}
-    if not steps:
-        raise SystemExit('No model is left to be measured.')
+    models = {name: models[name] for name in steps}  # the others' memory is free
     times = {name: [] for name in steps}
-    first = next(iter(steps))
+    if steps and names[0] not in steps:
+        print(f'Ratios are over {next(iter(steps))}.', file=sys.stderr)
     for i in tqdm(range(args.warmup + args.rounds),
                   f'{size[0]}x{size[1]}', disable=None):
         for name, step in steps.items():
@@ -244,7 +244,7 @@ def compare(names: List[str], size: tuple, args) -> Dict[str, dict]:
     for name, step in steps.items():
         low, median, high = percentiles(times[name])
         ratios = percentiles(
-            [a / b for a, b in zip(times[first], times[name])])
+            [a / b for a, b in zip(next(iter(times.values())), times[name])])
         results[name] = dict(
             ms=1e3 * median, ms_p10=1e3 * low, ms_p90=1e3 * high,
             images_per_s=args.batch_size / median,
@@ -259,7 +259,7 @@ def compare(names: List[str], size: tuple, args) -> Dict[str, dict]:
 
 
 def works(name: str, step: Callable) -> bool:
-    """Takes the first step, which compiles; a model that fails loses no other's."""
+    """Takes the first step, which compiles; a model that fails there is left out."""
     try:
         step()
     except Exception as error:
@@ -291,7 +291,7 @@ def table(results: Dict[str, dict]) -> str:
 
 def plot(results: Dict[str, Dict[str, dict]], path: Path) -> None:
     """Bars at one size; time and memory against pixels at several."""
-    names = list(next(iter(results.values())))
+    names = list(dict.fromkeys(itertools.chain(*results.values())))
     if len(results) == 1:
         rows, = results.values()
         fig, ax = plt.subplots(figsize=(7, .4 * len(names) + 1.2))
@@ -364,12 +364,16 @@ def main(args: Optional[list] = None) -> None:
     sizes = [(s, s) for s in SIDES] if args.scaling else [tuple(args.size)]
     results = {}
     for size in sizes:
-        results[f'{size[0]}x{size[1]}'] = compare(args.models, size, args)
-        rows = results[f'{size[0]}x{size[1]}']
+        rows = compare(args.models, size, args)
+        if not rows:  # the smaller sizes are kept
+            continue
+        results[f'{size[0]}x{size[1]}'] = rows
         print(f'\n{size[0]} x {size[1]}\n{table(rows)}')
         for name, row in rows.items():
             if row['profile']:
                 print(f'\n{name}\n{row["profile"]}')
+    if not results:
+        raise SystemExit('No model is left to be measured.')
     args.out.mkdir(parents=True, exist_ok=True)
     options = {k: str(v) for k, v in vars(args).items()}
     (args.out / 'benchmark.json').write_text(json.dumps(

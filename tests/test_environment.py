@@ -1,4 +1,6 @@
 """Import, its messages, and the safe loading of checkpoints."""
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +77,28 @@ def test_set_up_names_what_it_cannot_use(variable, message):
         ['env', variable, 'bash', root / 'tools/setup_env.sh'],
         capture_output=True, text=True)
     assert result.returncode == 1 and message in result.stderr
+
+
+@pytest.mark.parametrize('full', ['.', '/var/tmp'])
+def test_set_up_stops_before_it_fills_the_disk(tmp_path, full):
+    root = Path(__file__).parents[1]
+    for name in ('tools', 'requirements'):
+        shutil.copytree(root / name, tmp_path / name)
+    shutil.copy(root / 'setup.py', tmp_path)
+    df = tmp_path / 'bin' / 'df'
+    df.parent.mkdir()
+    df.write_text(f"""#!/bin/sh
+[ "$2" = {full} ] && free=2000000 || free=90000000
+printf 'Filesystem 1024-blocks Used Available\\ndisk 1 1 %s\\n' $free""")
+    df.chmod(0o755)
+    result = subprocess.run(
+        ['bash', tmp_path / 'tools/setup_env.sh'], capture_output=True,
+        text=True, env=os.environ | dict(
+            PATH=f'{df.parent}:{os.environ["PATH"]}', TMPDIR='/var/tmp',
+            PYTHON=sys.executable, STACK='openmmlab', PIP_NO_INDEX='1'))
+    assert result.returncode == 1
+    assert f'1 GiB are free in {full}, and' in result.stderr
+    assert 'Make room' in result.stderr
 
 
 def test_mmengine_checkpoints_load_safely(tmp_path):

@@ -39,6 +39,12 @@ on_error() {
 
 pip_install() { "$VENV/bin/python" -m pip install --disable-pip-version-check --progress-bar off -c "$PINS" "$@"; }
 
+# Gigabytes into the installation is late to learn that the disk is too small.
+check_space() {  # $1: folder, $2: GiB, $3: for what, $4: another way out
+    local free; free=$(df -Pk "$1" | awk 'NR == 2 { print int($4 / 1048576) }')
+    [ "$free" -ge "$2" ] || die "$free GiB are free in $1, and $3 takes $2. Make room and run the same command again${4:-}."
+}
+
 # The kind of ops to build: CUDA ops take a GPU that torch can use and an nvcc of
 # torch's CUDA version; else there are CPU ops, with a word on why.
 choose_ops() {
@@ -131,6 +137,10 @@ setup_env() {
         || "$PYTHON" -m venv --clear "$VENV" \
         || die "$PYTHON cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv"
 
+    [ -d "$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch" ] || {
+        check_space . 9 'the environment with its downloads'
+        check_space "${TMPDIR:-/tmp}" 3 'what pip downloads' ', or name another folder: TMPDIR=/path bash tools/setup_env.sh'
+    }
     step '2/5 torch, mmdetection, mmsegmentation, mmpretrain (1 to 5 minutes, 3 GB to download)'
     pip_install -r requirements/build.txt
     pip_install -r requirements/stack.txt -r requirements/$TOOLBOXES.txt -r requirements/tools.txt -r requirements/tests.txt

@@ -1,4 +1,5 @@
 """tools/benchmark.py: what it compares, not how fast that is."""
+import argparse
 import json
 import runpy
 from pathlib import Path
@@ -53,6 +54,24 @@ def test_model_that_fails_is_left_out(tmp_path, capsys):
         tool['main']([str(fails), *options])
 
 
+def test_layer_alone_is_given_what_it_gets_in_the_model():
+    model = tool['build']('LaViT-T', argparse.Namespace(
+        whole=False, device='cpu', train=False))
+    images, seen = torch.rand(1, 3, 64, 96), []
+    last = model.stages[3].blocks[1]
+    handle = last.register_forward_hook(lambda *_: seen.append(_[2][0]))
+    model(images)
+    handle.remove()
+    layer, inputs = tool['find_layer'](model, 'stages.3.blocks.1', images)
+    assert layer is last and torch.allclose(
+        layer(*inputs)[0], seen[0], atol=1e-4)
+    assert not layer._forward_pre_hooks
+    for name, why in (('stages.9', 'has no attribute'),
+                      ('stages.3.blocks', 'is not called')):
+        with pytest.raises(SystemExit, match=f'--layer {name}: .*{why}'):
+            tool['find_layer'](model, name, images)
+
+
 def test_memory_is_that_of_the_tensors_alive_at_once():
     def step():
         first = torch.ones(1000, 250)  # 1 MB
@@ -97,5 +116,14 @@ def test_twins_have_vanilla_attention_alone():
 
 def test_unknown_models_are_named():
     args = tool['parse_args'](['--device', 'cpu'])
-    with pytest.raises(SystemExit, match='NoNet: expected the path.*LaViT-S'):
-        tool['build']('NoNet', args)
+    for name in ('NoNet', 'mmdet.NoNet(depth=1)', 'two words'):
+        with pytest.raises(SystemExit, match='expected the path.*LaViT-S') as error:
+            tool['build'](name, args)
+        assert str(error.value).startswith(f'{name}: ')
+
+
+def test_registered_classes_are_taken_with_their_arguments():
+    args = tool['parse_args'](['--device', 'cpu'])
+    model = tool['build']('mmdet.ResNet(depth=18, out_indices=(2, ))', args)
+    assert model.depth == 18 and model.out_indices == (2, )
+    assert type(tool['build']('mmpretrain.LeNet5', args)).__name__ == 'LeNet5'

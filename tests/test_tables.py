@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mmlavit.logs import read_scalars
+
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / 'configs'
 PUBLISHED = yaml.safe_load((CONFIGS / 'published.yml').read_text())
@@ -87,6 +89,20 @@ def test_figures_of_an_earlier_epoch_are_said_to_be(tmp_path):
     (folder / '20250102_000000.json').write_text('{"coco/bbox_mAP": 0.2}')
     training = read(tmp_path, config)
     assert str(training) == 'complete' and training.metrics == dict(AP=.2)
+
+
+def test_lines_that_a_kill_cut_off_are_left_out(tmp_path):
+    for part, text in (('1', '{"a": 1}\n{"a": 2, "b'), ('2', '{"a": 3}\n')):
+        log = tmp_path / part / 'vis_data/scalars.json'
+        log.parent.mkdir(parents=True)
+        log.write_text(text)
+    assert read_scalars(tmp_path) == [dict(a=1), dict(a=3)]
+
+
+def test_results_need_a_name(capsys):
+    with pytest.raises(SystemExit):
+        tables['parse_args'](['detection', '--result', 'x.json'])
+    assert 'x.json: expected CONFIG=FILE' in capsys.readouterr().err
 
 
 def test_several_scales_have_a_column_of_their_own(tmp_path):

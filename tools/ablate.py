@@ -4,8 +4,9 @@
 
 Trains every variant (see VARIANTS; ``--only`` chooses) with every seed through
 mmpretrain on DATA, a folder with ``train/CLASS/*`` and ``val/CLASS/*`` or
-``test/CLASS/*``. CONFIG is a classification config of LaViT. What is done is
-skipped, what was cut off resumed. Writes to OUT:
+``test/CLASS/*``. CONFIG is a classification config of LaViT, of which the model is
+taken, with the DP loss where it has none; images are resized, and for training
+cropped and flipped. What is done is skipped, what was cut off resumed. Writes to OUT:
 
     ablation.md, .csv   accuracy (mean and spread over seeds), parameters, MACs, time
                         of a training step, similarity of attention maps and tokens
@@ -23,20 +24,18 @@ import sys
 from pathlib import Path
 from typing import List, Optional
 
-import matplotlib
+import torch
+from matplotlib.figure import Figure
+from mmengine.config import Config
+from mmengine.runner import Runner, load_checkpoint
+from tqdm import tqdm
 
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
-import torch  # noqa: E402
-from mmengine.analysis import get_model_complexity_info  # noqa: E402
-from mmengine.config import Config  # noqa: E402
-from mmengine.runner import Runner, load_checkpoint  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-import mmlavit  # noqa: E402,F401  (registers LaViT)
-from mmlavit.analysis import Similarity  # noqa: E402
-from mmlavit.building import build_model  # noqa: E402
-from mmlavit.lavit import resolve_arch  # noqa: E402
+import mmlavit  # noqa: F401  (registers LaViT)
+from mmlavit.analysis import Similarity
+from mmlavit.building import build_model
+from mmlavit.complexity import count_macs
+from mmlavit.lavit import resolve_arch
+from mmlavit.logs import read_scalars
 
 ROOT = Path(__file__).resolve().parents[1]
 # Changes to the config's backbone. A function gets depths and numbers of VA layers.
@@ -132,17 +131,9 @@ def folder(args, variant: str, seed: int) -> Path:
     return args.out / 'runs' / f'{name}-seed{seed}'
 
 
-def scalars(work_dir: Path) -> List[dict]:
-    return [
-        json.loads(line)
-        for log in sorted(work_dir.glob('*/vis_data/scalars.json'))
-        for line in log.read_text().splitlines()
-    ]
-
-
 def accuracy(work_dir: Path) -> Optional[float]:
     """Top-1 after the last epoch; None if it is not known yet."""
-    lines = scalars(work_dir) + [
+    lines = read_scalars(work_dir) + [
         json.loads(path.read_text())
         for path in sorted(work_dir.glob('test/*/*.json'))
     ]
@@ -195,9 +186,6 @@ def analyse(args, variant: str, seed: int) -> dict:
     work_dir = folder(args, variant, seed)
     load_checkpoint(model, str(work_dir / f'epoch_{args.epochs}.pth'),
                     map_location='cpu')
-    macs = get_model_complexity_info(
-        model, inputs=(torch.rand(1, 3, args.size, args.size), ),
-        show_table=False, show_arch=False)['flops']
     similarity = Similarity()
     # Shuffled, so that a few batches hold all classes.
     config.val_dataloader.sampler.shuffle = True
@@ -213,11 +201,11 @@ def analyse(args, variant: str, seed: int) -> dict:
     base = config_arch(Config.fromfile(args.config).model.backbone)
     is_va = [j < va for depth, va in zip(base['depths'], base['num_va_layers'])
              for j in range(depth)]
-    steps = [line['time'] - line['data_time'] for line in scalars(work_dir)
+    steps = [line['time'] - line['data_time'] for line in read_scalars(work_dir)
              if 'loss' in line]
     return dict(
         params=sum(p.numel() for p in model.parameters()) / 1e6,
-        macs=macs / 1e9,
+        macs=count_macs(model, (args.size, args.size)) / 1e9,
         step=1000 * statistics.median(steps),
         maps=mean([x['map_similarity_to_previous'] for x in layers]),
         va_maps=mean([x['map_similarity_to_previous']
@@ -277,8 +265,8 @@ def write(args, rows: List[dict]) -> str:
 
 
 def plot(args, rows: List[dict]) -> None:
-    fig, axes = plt.subplots(1, 3, figsize=(14, .42 * len(rows) + 1.6),
-                             sharey=True)
+    fig = Figure(figsize=(14, .42 * len(rows) + 1.6))
+    axes = fig.subplots(1, 3, sharey=True)
     names = [row['variant'] for row in rows]
     for ax, (key, title) in zip(axes, (
         ('top1', 'top-1, % (mean, std over seeds)'),
@@ -296,7 +284,6 @@ def plot(args, rows: List[dict]) -> None:
     fig.suptitle(f'{scale(args)} (not an ImageNet result)', fontsize=11)
     fig.tight_layout()
     fig.savefig(args.out / 'ablation.png', dpi=80)
-    plt.close(fig)
 
 
 def parse_args(args: Optional[list]) -> argparse.Namespace:

@@ -9,13 +9,19 @@
 Models are measured in turn, round by round, so that a change of the machine's speed
 meets all of them; warm-up rounds are not counted. Prints medians, their spread and
 each model's speed over the first one's (the median of the rounds' ratios, and their
-10th and 90th percentile), and writes JSON and a plot. MODEL is a
-name of MODELS or the path of a config whose backbone is taken; with --whole, the
-whole detector of the config, from images to boxes or to a step of the optimizer.
+10th and 90th percentile), and writes JSON and a plot. MODEL is a name of MODELS, the
+path of a config whose backbone is taken, or a registered class with its arguments, as
+``"mmdet.ResNet(depth=101)"``; with --whole, the whole detector of the
+config, from images to boxes or to a step of the optimizer; with --layer, one of its
+modules on what it is given in the model:
+
+    python tools/benchmark.py LaViT-S LaViT-S-materialised --layer stages.2.blocks.3.attn
 """
 import argparse
+import ast
 import contextlib
 import gc
+import importlib
 import itertools
 import json
 import logging
@@ -29,16 +35,11 @@ import warnings
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Tuple
 
-import matplotlib
+from matplotlib.figure import Figure
 
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
-# Else the profiler complains of a missing GPU.
+# Before torch reads it: its profiler complains of a missing GPU.
 os.environ.setdefault('KINETO_LOG_LEVEL', '5')
-# A profile here is one cycle.
-warnings.filterwarnings('ignore', 'Profiler clears events')
 import torch  # noqa: E402
-from mmengine.analysis import get_model_complexity_info  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.registry import MODELS as REGISTRY  # noqa: E402
 from mmengine.registry import init_default_scope  # noqa: E402
@@ -48,7 +49,11 @@ from tqdm import tqdm  # noqa: E402
 
 import mmlavit  # noqa: E402,F401  (registers LaViT)
 from mmlavit.building import build_model  # noqa: E402
+from mmlavit.complexity import count_macs  # noqa: E402
 from mmlavit.lavit import ARCHS  # noqa: E402
+
+# A profile here is one cycle.
+warnings.filterwarnings('ignore', '.*Profiler clears events')
 
 
 def lavit(arch: str, **kwargs) -> dict:
@@ -120,20 +125,36 @@ def backbone_config(name: str) -> dict:
         init_default_scope(file.default_scope)
         config = file.model.backbone
     else:
-        raise SystemExit(f'{name}: expected the path of a config or one of '
-                         f'{", ".join(MODELS)}')
+        config = parse_name(name)
     config.pop('init_cfg', None)
-    if config['type'].startswith('mmpretrain.'):
-        import mmpretrain.models  # noqa: F401  (registers them)
-    elif config['type'].startswith('mmdet.'):
-        import mmdet.models  # noqa: F401
+    scope = config['type'].partition('.')[0]
+    if scope in ('mmdet', 'mmseg', 'mmpretrain'):
+        importlib.import_module(f'{scope}.models')  # registers them
+    if REGISTRY.get(config['type']) is None:
+        raise SystemExit(f'{name}: expected the path of a config, a registered '
+                         f'name or one of {", ".join(MODELS)}')
     return config
+
+
+def parse_name(name: str) -> dict:
+    """``mmdet.ResNet(depth=101)`` as the config that it stands for."""
+    try:
+        call = ast.parse(name, mode='eval').body
+        if not isinstance(call, ast.Call):
+            return dict(type=name)
+        return dict(type=ast.unparse(call.func), **{
+            each.arg: ast.literal_eval(each.value) for each in call.keywords})
+    except (SyntaxError, ValueError):
+        return dict(type=name)
 
 
 def make_forward(model: nn.Module, size: tuple, args) -> Callable:
     """A call that gives tensors: maps, boxes or, in training, losses."""
     if not args.whole:
         x = torch.rand(args.batch_size, 3, *size, device=args.device)
+        if args.layer:
+            layer, inputs = find_layer(model, args.layer, x)
+            return lambda: layer(*inputs)
         return lambda: model(x)
     from mmdet.testing import demo_mm_inputs
     n = args.batch_size
@@ -147,6 +168,22 @@ def make_forward(model: nn.Module, size: tuple, args) -> Callable:
         return [r.pred_instances.bboxes for r in model(**batch, mode='predict')]
 
     return forward
+
+
+def find_layer(model: nn.Module, name: str, x: torch.Tensor) -> tuple:
+    """A module of the model and its inputs in a forward of ``x``."""
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError as error:
+        raise SystemExit(f'--layer {name}: {error}')
+    seen = []
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args))
+    with torch.no_grad():
+        model(x)
+    handle.remove()
+    if not seen:
+        raise SystemExit(f'--layer {name}: its forward is not called')
+    return layer, seen[0]
 
 
 def make_step(model: nn.Module, size: tuple, args) -> Callable[[], None]:
@@ -209,19 +246,6 @@ def profile_table(step: Callable[[], None]) -> str:
         sort_by='self_cpu_time_total', row_limit=12, max_name_column_width=40)
 
 
-def count(model: nn.Module, size: tuple) -> Optional[float]:
-    """Multiply-adds in G at batch 1, attention products included."""
-    training = model.training
-    model.eval()
-    x = torch.rand(1, 3, *size, device=next(model.parameters()).device)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter('ignore')
-        macs = get_model_complexity_info(
-            model, inputs=(x, ), show_table=False, show_arch=False)['flops']
-    model.train(training)
-    return macs / 1e9
-
-
 def compare(names: List[str], size: tuple, args) -> Dict[str, dict]:
     """Times of every model, interleaved; memory of each by itself."""
     models = {name: build(name, args) for name in names}
@@ -250,11 +274,12 @@ def compare(names: List[str], size: tuple, args) -> Dict[str, dict]:
             images_per_s=args.batch_size / median,
             ratio=ratios[1], ratio_p10=ratios[0], ratio_p90=ratios[2],
             memory_mb=peak_memory(step, args.device),
-            params_m=sum(p.numel()
-                         for p in models[name].parameters()) / 1e6,
+            params_m=sum(
+                p.numel() for p in
+                models[name].get_submodule(args.layer).parameters()) / 1e6,
             profile=profile_table(step) if args.profile else None,
-            gmacs=None if args.no_macs or args.whole else count(
-                models[name], size))
+            gmacs=None if args.no_macs or args.whole or args.layer else
+            count_macs(models[name], size) / 1e9)
     return results
 
 
@@ -294,13 +319,15 @@ def plot(results: Dict[str, Dict[str, dict]], path: Path) -> None:
     names = list(dict.fromkeys(itertools.chain(*results.values())))
     if len(results) == 1:
         rows, = results.values()
-        fig, ax = plt.subplots(figsize=(7, .4 * len(names) + 1.2))
+        fig = Figure(figsize=(7, .4 * len(names) + 1.2))
+        ax = fig.subplots()
         ax.barh([Path(name).stem for name in names],
                 [rows[name]['images_per_s'] for name in names])
         ax.invert_yaxis()
         ax.set_xlabel('images/s')
     else:
-        fig, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+        fig = Figure(figsize=(11, 4.2))
+        axes = fig.subplots(1, 2)
         for ax, key in zip(axes, ('ms', 'memory_mb')):
             for name in names:
                 sizes = [tuple(map(int, size.split('x')))
@@ -314,7 +341,6 @@ def plot(results: Dict[str, Dict[str, dict]], path: Path) -> None:
         axes[0].legend()
     fig.tight_layout()
     fig.savefig(path, dpi=90)
-    plt.close(fig)
 
 
 def parse_args(args: Optional[list]) -> argparse.Namespace:
@@ -322,7 +348,8 @@ def parse_args(args: Optional[list]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('models', nargs='*', default=list(DEFAULT),
-                        metavar='MODEL', help=', '.join(MODELS))
+                        metavar='MODEL', help=f'{", ".join(MODELS)}; a config; or a '
+                        'registered name with its arguments')
     parser.add_argument('--size', type=int, nargs=2, default=(224, 224),
                         metavar=('H', 'W'))
     parser.add_argument('--batch-size', type=int, default=8)
@@ -333,6 +360,8 @@ def parse_args(args: Optional[list]) -> argparse.Namespace:
     parser.add_argument('--compile', action='store_true')
     parser.add_argument('--whole', action='store_true',
                         help='whole detectors; every MODEL is a config')
+    parser.add_argument('--layer', default='', metavar='NAME',
+                        help='this module of each model alone, in inference')
     parser.add_argument('--scaling', action='store_true',
                         help=f'squares of {SIDES} pixels, instead of --size')
     parser.add_argument('--profile', action='store_true',
@@ -348,6 +377,8 @@ def parse_args(args: Optional[list]) -> argparse.Namespace:
     if args.whole and not all(Path(name).is_file() for name in args.models):
         parser.error(f'--whole {" ".join(args.models)}: expected the paths of '
                      'configs of detectors')
+    if args.layer and (args.train or args.compile or args.whole):
+        parser.error('--layer takes no --train, --compile or --whole')
     if args.rounds < 2:
         parser.error(f'--rounds {args.rounds}: at least 2, for a spread')
     return args

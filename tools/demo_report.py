@@ -13,11 +13,10 @@ import sys
 from pathlib import Path
 
 import cv2
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
+from mmlavit.logs import read_scalars
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,18 +28,11 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_scalars(work_dir: Path) -> list:
-    """The logged lines of all parts of the run, in order of time."""
-    lines = []
-    for path in sorted(work_dir.glob('2*/vis_data/scalars.json')):
-        lines += [json.loads(line) for line in path.read_text().splitlines()]
-    return lines
-
-
 def plot(scalars: list, path: Path) -> None:
     """Loss by iteration and AP by epoch, side by side."""
     losses = [line for line in scalars if 'loss' in line]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    figure = Figure(figsize=(9, 3.2))
+    left, right = figure.subplots(1, 2)
     for key in ('loss', 'loss_cls', 'loss_bbox'):
         left.plot([x['step'] for x in losses], [x[key] for x in losses],
                   label=key)

@@ -18,18 +18,17 @@ import logging
 import re
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
-import torch
 import yaml
-from mmengine.analysis import get_model_complexity_info
 from mmengine.config import Config
 from tqdm import tqdm
 
 import mmlavit  # noqa: F401  (registers LaViT)
 from mmlavit.building import build_model
+from mmlavit.complexity import count_macs
+from mmlavit.logs import read_scalars
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,18 +60,10 @@ TOLERANCE = 0.05  # at which a count is said to agree with the published
 
 def measure(config: Path, sizes: Tuple[Tuple[int, int], ...]) -> dict:
     """Parameters in millions and multiply-adds in G at every input size."""
-    model = build_model(Config.fromfile(config)).eval()
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter('ignore')
-        counts = [
-            get_model_complexity_info(
-                model,
-                inputs=(torch.rand(1, 3, *size), ),
-                show_table=False,
-                show_arch=False)['flops'] / 1e9 for size in sizes
-        ]
+    model = build_model(Config.fromfile(config))
     return dict(
-        params=sum(p.numel() for p in model.parameters()) / 1e6, macs=counts)
+        params=sum(p.numel() for p in model.parameters()) / 1e6,
+        macs=[count_macs(model, size) / 1e9 for size in sizes])
 
 
 class Training(NamedTuple):
@@ -112,9 +103,7 @@ def read_training(config: Path, work_dir: Path, table: Table,
     match = last.is_file() and re.search(rf'{unit}_(\d+)\.pth',
                                          last.read_text())
     done = int(match[1]) if match else 0
-    logs = sorted(work_dir.glob('*/vis_data/scalars.json'))
-    lines = [json.loads(line) for log in logs
-             for line in log.read_text().splitlines()]
+    lines = read_scalars(work_dir)
     # Tests through --run end in a folder of their own, of the last checkpoint.
     lines += [dict(json.loads(path.read_text()), step=done)
               for path in sorted(work_dir.glob('test/*/*.json'))]
@@ -216,26 +205,28 @@ def run(rows: List[dict], trainings: dict, args: argparse.Namespace) -> None:
     for i, row in enumerate(rows, 1):
         training = trainings[row['model']]
         title = f"[{i}/{len(rows)}] {row['model']} ({row['config']})"
-        tool = ['bash', None, str(row['path']), str(args.gpus)]
         if not training.complete:
             print(f'{title}: ' + (
                 f'resumed from {training.unit} {training.done} of '
                 f'{training.length}' if training.done else 'started'),
                 flush=True)
-            tool[1] = str(ROOT / 'tools/dist_train.sh')
-            tool += ['--work-dir', str(row['work_dir']), '--resume',
-                     *args.train_args, *pretrained_in(row['path'], args)]
+            command = [
+                'dist_train.sh', row['path'], args.gpus, '--work-dir',
+                row['work_dir'], '--resume', *args.train_args,
+                *pretrained_in(row['path'], args)
+            ]
         elif training.metrics_of != training.done:
             # Cut off between the last checkpoint and its validation.
             print(f'{title}: complete, tested', flush=True)
             last = (row['work_dir'] / 'last_checkpoint').read_text()
-            tool[1] = str(ROOT / 'tools/dist_test.sh')
-            tool.insert(3, last)
-            tool += ['--work-dir', str(row['work_dir'] / 'test')]
+            command = ['dist_test.sh', row['path'], last, args.gpus,
+                       '--work-dir', row['work_dir'] / 'test']
         else:
             print(f'{title}: complete, skipped', flush=True)
             continue
-        code = subprocess.run(tool).returncode
+        tool, *arguments = map(str, command)
+        code = subprocess.run(
+            ['bash', str(ROOT / 'tools' / tool), *arguments]).returncode
         if code:
             sys.exit(f"{title}: failed with exit code {code}; its log is in "
                      f"{row['work_dir']}. Run this again to go on.")
@@ -277,7 +268,11 @@ def parse_args(args: Optional[list]) -> argparse.Namespace:
     parser.add_argument(
         '--train-args', nargs=argparse.REMAINDER, default=[],
         help='the rest of the line, for tools/train.py: --amp ...')
-    return parser.parse_args(args)
+    args = parser.parse_args(args)
+    for item in args.result + args.result_ms:
+        if '=' not in item:
+            parser.error(f'{item}: expected CONFIG=FILE')
+    return args
 
 
 def main(args: Optional[list] = None) -> None:

@@ -1,6 +1,6 @@
 """Semantic FPN with mmdet's PVTv2-B2, otherwise as with LaViT."""
 _base_ = '../semantic_fpn_lavit_t_ade20k.py'
-custom_imports = dict(imports=['mmdet.models'], allow_failed_imports=False)
+custom_imports = dict(imports=['mmlavit', 'mmdet.models'], allow_failed_imports=False)
 
 model = dict(
     backbone=dict(

@@ -1,8 +1,8 @@
 """Checkpoints are read as data, must fit the model, and are written whole.
 
-Importing this takes the place of three parts of mmengine, so that the toolboxes'
-own tools have it too: the loader of local checkpoints, the writer of local files,
-and the ``CheckpointHook``.
+Importing this takes the place of four parts of mmengine, so that the toolboxes' own
+tools have it too: the loaders of local and of downloaded checkpoints, the writer of
+local files, and the ``CheckpointHook``.
 """
 import _codecs
 import _compat_pickle
@@ -12,9 +12,12 @@ import re
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Optional
 from unittest import mock
+from urllib.parse import urlparse
 
 import mmengine.hooks
+import mmengine.runner.checkpoint
 import numpy as np
 import torch
 from mmengine.fileio import LocalBackend, register_backend
@@ -83,7 +86,7 @@ if SAFE_BY_DEFAULT:
     torch.serialization.add_safe_globals(
         [(value, name) for name, value in ALLOWED.items()])
 else:
-    # For what mmengine downloads: weights, without a log.
+    # For what others load: weights, without a log.
     os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'
 
 
@@ -124,6 +127,55 @@ def load_from_local(filename: str, map_location=None) -> dict:
     return checkpoint
 
 
+def load_from_url(url: str, model_dir: Optional[str] = None, map_location=None,
+                  progress: bool = True) -> dict:
+    """Downloads as torch.hub does, once, and loads that as a local checkpoint.
+
+    torch.hub's own loader would run code. What it loads is not of mmengine alone:
+    ``torchvision://`` and ``open-mmlab://`` come here too.
+
+    Raises:
+        ValueError: As `load_from_local`.
+    """
+    folder = model_dir or os.path.join(torch.hub.get_dir(), 'checkpoints')
+    path = os.path.join(folder, os.path.basename(urlparse(url).path))
+    if not os.path.exists(path):
+        os.makedirs(folder, exist_ok=True)
+        torch.hub.download_url_to_file(url, path, progress=progress)
+    try:
+        return load_from_local(path, map_location)
+    except ValueError as error:
+        raise ValueError(f'{url}, which was downloaded to {error}. Remove that '
+                         'file to download it anew') from None
+
+
+mmengine.runner.checkpoint.load_url = load_from_url
+
+
+def plain(x):
+    """Data in Python's own containers and types; methods are left out.
+
+    Tensors stay, arrays become lists, paths text, and what has no such form None.
+    """
+    if isinstance(x, dict):
+        return {key if isinstance(key, int) else str(key): plain(value)
+                for key, value in x.items() if not callable(value)}
+    if isinstance(x, tuple):
+        return tuple(plain(value) for value in x)
+    if isinstance(x, (list, set, frozenset)):
+        return [plain(value) for value in x]
+    if isinstance(x, torch.Tensor):
+        return x
+    if hasattr(x, 'tolist'):
+        return plain(x.tolist())
+    if isinstance(x, os.PathLike):
+        return os.fspath(x)
+    for kind in (bool, int, float, str, bytes):
+        if isinstance(x, kind):
+            return kind(x)
+    return None
+
+
 @register_backend('local', force=True, prefixes='')
 class WholeFileBackend(LocalBackend):
     """Local files, which are there whole or not at all."""
@@ -134,6 +186,9 @@ class WholeFileBackend(LocalBackend):
         Raises:
             OSError: If that fails; what was there before is as it was.
         """
+        filepath = os.path.realpath(filepath)  # a link stays one
+        if os.path.exists(filepath) and not os.path.isfile(filepath):
+            return super().put(obj, filepath)  # a pipe or a device
         part = f'{filepath}.part'
         try:
             super().put(obj, part)
@@ -155,7 +210,10 @@ class CheckpointHook(mmengine.hooks.CheckpointHook):
     - ``max_keep_ckpts=1`` keeps two, for the older one is removed before the
       new one is written.
     - ``resume`` without a path takes the last whole checkpoint, also where the
-      training was killed while its name was written.
+      training was killed while its name was written, or its folder was moved.
+    - What mmengine puts beside weights is written as plain data, and the first
+      checkpoint of a run is read back: one that cannot be loaded again stops the
+      training then, and not when it is needed.
     - Weights that a test or a resumed training does not find in the checkpoint
       are an error. Where training only begins with it (``load_from``), it must
       have some of the model's weights.
@@ -163,6 +221,7 @@ class CheckpointHook(mmengine.hooks.CheckpointHook):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        self.read_back = False
         if self.max_keep_ckpts == 1:
             self.max_keep_ckpts = 2
 
@@ -171,20 +230,42 @@ class CheckpointHook(mmengine.hooks.CheckpointHook):
         if not runner._resume or runner._load_from is not None:
             return
         named = find_latest_checkpoint(runner.work_dir)
-        if named and ('://' in named or os.path.isdir(named)
-                      or zipfile.is_zipfile(named)):
-            runner._load_from = named
-            return
+        here = Path(runner.work_dir)
+        for path in [named, here / os.path.basename(named)] if named else []:
+            if '://' in str(path) or os.path.isdir(path) or zipfile.is_zipfile(path):
+                runner._load_from = str(path)
+                return
         # Whatever has a checkpoint's name is whole, but for files from elsewhere
-        found = sorted(
-            Path(runner.work_dir).glob(self.filename_tmpl.format('*')),
-            key=os.path.getmtime)
+        found = sorted(here.glob(self.filename_tmpl.format('*')),
+                       key=lambda path: [int(n) for n in re.findall(r'\d+', path.stem)])
         whole = [str(path) for path in found if zipfile.is_zipfile(path)]
         if whole:
             runner._load_from = whole[-1]
             runner.logger.warning(
                 f'{runner.work_dir}/last_checkpoint names no whole file '
                 f'({named!r}); resuming from {whole[-1]}')
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Turns what is not weights into plain data."""
+        for key in ('meta', 'param_schedulers'):
+            if key in checkpoint:
+                checkpoint[key] = plain(checkpoint[key])
+        if 'message_hub' in checkpoint:
+            hub = checkpoint['message_hub']
+            hub['runtime_info'] = plain(hub['runtime_info'])
+
+    def _save_checkpoint_with_step(self, runner, step: int, meta: dict) -> None:
+        super()._save_checkpoint_with_step(runner, step, meta)
+        if self.read_back or not os.path.isfile(self.last_ckpt):
+            return
+        self.read_back = True
+        try:
+            load_from_local(self.last_ckpt, map_location='cpu')
+        except ValueError as error:
+            raise ValueError(
+                f'{error}. This training wrote it just now and could not go on '
+                'from it: let its hooks and its optimizer put only tensors and '
+                'Python\'s own types into checkpoints') from None
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         """Refuses a checkpoint that does not fit.

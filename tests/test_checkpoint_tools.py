@@ -60,7 +60,7 @@ def test_published_file_is_small_hashed_and_plain(trained, tmp_path, capsys):
             "print(sorted(x), x['meta'])")
     out = subprocess.run([sys.executable, '-c', code], check=True, text=True,
                          stdout=subprocess.PIPE).stdout
-    for word in ("['meta', 'state_dict']", "'cfg': 'a = 1'", "['x', 'y']",
+    for word in ("['meta', 'state_dict']", "'cfg': 'a = 1'", "('x', 'y')",
                  "'accuracy/top1': 50.0", "'epoch': 3"):
         assert word in out
     assert '50.0' in capsys.readouterr().out
@@ -199,6 +199,15 @@ def test_what_differs_is_cropped_or_initial_and_reported(pvt):
     assert {'block3.1.attn.q.weight', 'block3.1.attn.kv.weight',
             'block4.0.mlp.fc1.weight'} <= unused
     assert 'block3.0.attn.kv.weight' not in unused
+
+
+@pytest.mark.parametrize('content', [b'', b'text', None])
+def test_files_that_cannot_be_converted_are_named(content, tmp_path):
+    if content is not None:
+        (tmp_path / 'pvt.pth').write_bytes(content)
+    with pytest.raises(SystemExit, match='pvt.pth: '):
+        pvt_tool['main']([str(tmp_path / 'pvt.pth'), str(tmp_path / 'x.pth')])
+    assert not (tmp_path / 'x.pth').exists()
 
 
 def test_converted_file_loads_as_a_pre_training(pvt, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Import, its messages, and the safe loading of checkpoints."""
+"""Import and set-up, and their messages."""
 import os
 import shutil
 import subprocess
@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from mmengine.logging import HistoryBuffer
 
 
 def run(code: str) -> subprocess.CompletedProcess:
@@ -99,40 +97,3 @@ printf 'Filesystem 1024-blocks Used Available\\ndisk 1 1 %s\\n' $free""")
     assert result.returncode == 1
     assert f'1 GiB are free in {full}, and' in result.stderr
     assert 'Make room' in result.stderr
-
-
-def test_mmengine_checkpoints_load_safely(tmp_path):
-    """The types that a runner's checkpoint holds, by the safe loader."""
-    from mmlavit.checkpoints import SAFE_BY_DEFAULT, load_from_local
-    buffer = HistoryBuffer([1., 2.], [1, 1])
-    path = tmp_path / 'epoch_1.pth'
-    torch.save(dict(message_hub=dict(log_scalars=dict(loss=buffer))), path)
-    load = torch.load if SAFE_BY_DEFAULT else load_from_local
-    loaded = load(str(path))
-    assert loaded['message_hub']['log_scalars']['loss'].mean() == 1.5
-
-
-class Call:
-    """Harmless here; loading its pickle calls a function."""
-
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize('payload, named', [
-    (Call(print, 'ran code'), 'print'),
-    (Call(getattr, HistoryBuffer, '__init__'), '__init__'),
-    (Call(getattr, torch.Tensor, 'backward'), 'backward'),
-])
-def test_checkpoint_that_would_run_code_is_refused(tmp_path, capsys, payload,
-                                                   named):
-    """Also where it hides behind the getattr that HistoryBuffer needs."""
-    from mmengine.runner.checkpoint import _load_checkpoint
-    path = tmp_path / 'bad.pth'
-    torch.save(dict(state_dict={}, meta=payload), path)
-    with pytest.raises(Exception, match=named):
-        _load_checkpoint(str(path), map_location='cpu')
-    assert 'ran code' not in capsys.readouterr().out

@@ -5,7 +5,10 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import uuid
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ from mmengine.runner import Runner
 from mmengine.runner.checkpoint import _load_checkpoint
 
 from mmlavit import LaViT, checkpoints
+from mmlavit.invalid_loss import InvalidLossHook
 from mmlavit.launch import find_script
 
 ROOT = Path(__file__).parents[1]
@@ -35,14 +39,6 @@ class Call:
 
     def __reduce__(self):
         return self.call[0], self.call[1:]
-
-
-@pytest.fixture(scope='module')
-def digits(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp('data') / 'digits'
-    subprocess.run([sys.executable, ROOT / 'tools/make_digits.py', out,
-                    '--train', '2', '--val', '2'], check=True)
-    return out
 
 
 def make_runner(config: Config, work_dir: Path, **options) -> Runner:
@@ -81,6 +77,10 @@ def bad_file(kind: str, path: Path, good: Path) -> None:
         path.write_bytes(good.read_bytes()[:-1000])
     elif kind == 'code':
         torch.save(dict(state_dict={}, meta=Call(os.mkdir, ran)), path)
+    elif kind == 'code by getattr':  # which HistoryBuffer needs
+        torch.save(dict(meta=Call(getattr, HistoryBuffer, '__init__')), path)
+    elif kind == 'code by getattr of a tensor':
+        torch.save(dict(meta=Call(getattr, torch.Tensor, 'backward')), path)
     elif kind == 'code in an old file':
         torch.save(dict(meta=Call(os.mkdir, ran)), path,
                    _use_new_zipfile_serialization=False)
@@ -96,7 +96,9 @@ def bad_file(kind: str, path: Path, good: Path) -> None:
 BAD = dict(
     truncated='damaged', empty='of 0 bytes', text='no checkpoint',
     picture='no checkpoint', code='could run code',
-    **{'code in an old file': 'could run code',
+    **{'code by getattr': "could run code.*'__init__'",
+       'code by getattr of a tensor': "could run code.*'backward'",
+       'code in an old file': 'could run code',
        'code in a plain pickle': 'could run code',
        'a list': 'holds a list'})
 
@@ -132,6 +134,84 @@ def test_log_and_optimizer_of_a_checkpoint_are_read(new_torch, trained,
     torch.save(saved, tmp_path / 'x.pth')
     read = _load_checkpoint(str(tmp_path / 'x.pth'))
     assert str(read) == str(saved)
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """A folder, and its address on this machine."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
+    folder = tmp_path / 'served'
+    folder.mkdir()
+    server = ThreadingHTTPServer(('127.0.0.1', 0), partial(
+        SimpleHTTPRequestHandler, directory=folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield folder, f'http://127.0.0.1:{server.server_port}'
+    server.shutdown()
+
+
+@pytest.mark.parametrize('kind', ['code', 'code in an old file', 'text'])
+def test_downloads_are_refused_unrun_too(kind, served):
+    folder, address = served
+    bad_file(kind, folder / 'bad.pth', folder)
+    init_cfg = dict(type='Pretrained', checkpoint=f'{address}/bad.pth',
+                    prefix='backbone.')
+    with pytest.raises(ValueError, match=BAD[kind]) as error:
+        LaViT(ARCH, init_cfg=init_cfg).init_weights()
+    assert f'{address}/bad.pth, which was downloaded to' in str(error.value)
+    assert 'weights_only' not in str(error.value)
+    assert os.listdir(folder) == ['bad.pth']  # what the code would have made
+
+
+def test_downloads_are_loaded_and_kept(served):
+    folder, address = served
+    saved = LaViT(ARCH).state_dict()
+    torch.save(dict(state_dict={f'backbone.{k}': v for k, v in saved.items()}),
+               folder / 'good.pth')
+    for _ in range(2):  # the second time from the cache
+        model = LaViT(ARCH, init_cfg=dict(
+            type='Pretrained', checkpoint=f'{address}/good.pth',
+            prefix='backbone.'))
+        model.init_weights()
+        assert_same(model.state_dict(), saved)
+        (folder / 'good.pth').unlink(missing_ok=True)
+
+
+class Keeper(Hook):
+    """Puts something into checkpoints."""
+
+    def before_save_checkpoint(self, runner, checkpoint):
+        checkpoint['kept'] = Call(print, 'ran code')
+
+
+def test_what_a_training_writes_it_can_read(digits, tmp_path):
+    """Schedules that hold methods; classes with more than names."""
+    config = digits_config(digits, param_scheduler=dict(
+        type='OneCycleLR', eta_max=1e-3, total_steps=12, by_epoch=False))
+    config.train_dataloader.dataset.metainfo = dict(
+        classes=tuple('0123456789'), info=dict(by=[dict(a=1)], colours={7}))
+    whole = train(config, tmp_path / 'whole')
+    (tmp_path / 'parts').mkdir()
+    (tmp_path / 'whole/epoch_2.pth').rename(tmp_path / 'parts/epoch_2.pth')
+    assert_same(train(config, tmp_path / 'parts', resume=True), whole)
+    meta = checkpoints.load_from_local(
+        str(tmp_path / 'whole/epoch_3.pth'))['meta']['dataset_meta']
+    assert meta['classes'] == tuple('0123456789')
+    assert meta['info'] == dict(by=[dict(a=1)], colours=[7])
+    odd = dict(path=tmp_path, array=np.array(['a']), number=np.float64(2), f=print,
+               other=object(), tensor=torch.ones(1), none=None, yes=True)
+    assert checkpoints.plain(odd) == dict(
+        path=str(tmp_path), array=['a'], number=2., other=None,
+        tensor=torch.ones(1), none=None, yes=True)
+
+
+def test_what_it_could_not_read_again_stops_it_at_once(digits, tmp_path, capsys):
+    runner = make_runner(digits_config(digits), tmp_path)
+    runner.register_hook(Keeper())
+    with pytest.raises(ValueError, match='refused.*wrote it just now'):
+        runner.train()
+    assert os.listdir(tmp_path).count('epoch_1.pth') == 1
+    assert not (tmp_path / 'epoch_2.pth').exists()
+    assert 'ran code' not in capsys.readouterr().out
 
 
 # A checkpoint and its model -------------------------------------------------
@@ -203,7 +283,7 @@ def test_a_test_with_weights_of_another_toolbox_stops(digits, trained,
 
 
 @pytest.mark.parametrize('options, named', [
-    (dict(resume=True), 'missing keys in source state_dict: other.weight'),
+    (dict(resume=True), '198 missing keys in source state_dict: backbone.stages'),
     (dict(), '0 of its 2 weights are among'),
 ])
 def test_training_goes_on_with_nothing_else(options, named, digits, tmp_path):
@@ -214,16 +294,16 @@ def test_training_goes_on_with_nothing_else(options, named, digits, tmp_path):
     with pytest.raises(ValueError) as error:
         runner.train()
     assert str(error.value).startswith(f'{path}: ')
+    assert named in str(error.value)
     assert not list((tmp_path / 'work').glob('*.pth'))
 
 
-@pytest.mark.parametrize('scope', ['mmpretrain'])
-def test_the_stock_tools_refuse_them_too(scope, digits, tmp_path):
+def test_the_stock_tools_refuse_them_too(digits, tmp_path):
     bad_file('code', tmp_path / 'bad.pth', tmp_path)
     config = tmp_path / 'config.py'
     digits_config(digits).dump(config)
     result = subprocess.run(
-        [sys.executable, find_script(scope, 'train'), config, '--resume',
+        [sys.executable, find_script('mmpretrain', 'train'), config, '--resume',
          tmp_path / 'bad.pth', '--work-dir', tmp_path / 'work'],
         capture_output=True, text=True)
     assert result.returncode != 0
@@ -282,6 +362,25 @@ def test_resumes_from_the_last_whole_checkpoint(named, digits, trained,
     assert_same(resumed, weights(trained / 'epoch_3.pth'))
 
 
+def test_moved_work_directory_resumes_its_last_checkpoint(digits, trained,
+                                                          tmp_path):
+    """By the name, not by the time at which a file was copied."""
+    for i, epoch in enumerate((11, 9, 10)):
+        path = tmp_path / f'epoch_{epoch}.pth'
+        path.write_bytes((trained / 'epoch_1.pth').read_bytes())
+        os.utime(path, (i, i))
+
+    def resumed_from():
+        runner = make_runner(digits_config(digits), tmp_path, resume=True)
+        runner.call_hook('before_run')
+        return runner._load_from
+
+    (tmp_path / 'last_checkpoint').write_text('/gone/epoch_10.pth')
+    assert resumed_from() == str(tmp_path / 'epoch_10.pth')
+    (tmp_path / 'last_checkpoint').unlink()
+    assert resumed_from() == str(tmp_path / 'epoch_11.pth')
+
+
 def fill_disk(monkeypatch, at: str) -> None:
     fsync = os.fsync
 
@@ -315,6 +414,13 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     backend.put(b'good', path)
     dump(dict(a=1), tmp_path / 'new/x.json')
     assert (tmp_path / 'new/x.json').read_text() == '{"a": 1}'
+    (tmp_path / 'link.pth').symlink_to('new/linked.pth')
+    backend.put(b'x', tmp_path / 'link.pth')
+    assert (tmp_path / 'link.pth').is_symlink()
+    assert (tmp_path / 'new/linked.pth').read_bytes() == b'x'
+    backend.put(b'x', '/dev/null')
+    assert Path('/dev/null').is_char_device()
+    (tmp_path / 'link.pth').unlink()
     fill_disk(monkeypatch, 'best.pth')
     with pytest.raises(OSError, match='what was there before is as it was'):
         backend.put(b'better', path)
@@ -363,6 +469,16 @@ def test_the_largest_activation_is_named(digits, tmp_path):
     assert 'e+06, of backbone.stages.1.blocks.0.ffn.' in message
     assert 'first that is not finite is of backbone.stages.1.blocks.1.ffn.' in (
         message)
+
+
+def test_losses_and_states_that_are_no_tensors_are_passed_over(digits, tmp_path):
+    runner, hook = make_runner(digits_config(digits), tmp_path), InvalidLossHook()
+    model = runner.model.train()
+    hook.check(runner, model, (), {}, dict(loss_none=[]))
+    hook.before_save_checkpoint(runner, dict(state_dict=dict(extra=dict(a=1))))
+    with pytest.raises(FloatingPointError, match='loss_none=0, loss=nan'):
+        hook.check(runner, model, (), {}, dict(
+            loss_none=[], loss=torch.tensor(torch.nan)))
 
 
 def test_invalid_weights_are_not_saved(digits, tmp_path):

@@ -27,6 +27,8 @@ from torch import Tensor
 
 from mmlavit import LaViT
 from mmlavit.attention import LessAttention
+from mmlavit.checkpoints import load_from_local
+from mmlavit.lavit import ARCHS
 
 Weights = Dict[str, Tensor]
 
@@ -126,13 +128,15 @@ def main(args: Optional[list] = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('pvt', type=Path, help='official pvt_v2_b*.pth')
     parser.add_argument('out', type=Path)
-    parser.add_argument(
-        '--arch', default='small', help='tiny, small or base; default small')
+    parser.add_argument('--arch', default='small', choices=ARCHS)
     args = parser.parse_args(args)
     torch.manual_seed(0)
     model = LaViT(arch=args.arch)
     model.init_weights()
-    pvt = torch.load(args.pvt, map_location='cpu', weights_only=True)
+    try:
+        pvt = load_from_local(str(args.pvt), map_location='cpu')
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(str(error))
     pvt = pvt.get('state_dict', pvt)
     try:
         converted, missing, unused = convert(pvt, model)

@@ -19,18 +19,8 @@ from typing import Optional
 import torch
 
 import mmlavit
-from mmlavit.checkpoints import load_from_local
-
-
-def plain(x):
-    """Nested containers of Python's own types; None for what has no such form."""
-    if isinstance(x, dict):
-        return {str(key): plain(value) for key, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [plain(value) for value in x]
-    if hasattr(x, 'tolist'):
-        return x.tolist()
-    return x if isinstance(x, (str, int, float, bool)) else None
+from mmlavit.checkpoints import load_from_local, plain
+from mmlavit.logs import read_scalars
 
 
 def load(path: Path) -> dict:
@@ -74,12 +64,9 @@ def publish(source: Path, target: Path,
 
 def validation_of(checkpoint: Path, meta: dict) -> dict:
     """The figures of a checkpoint's validation, from the log beside it."""
-    logs = checkpoint.parent.glob('*/vis_data/scalars.json')
-    lines = [json.loads(line) for log in sorted(logs)  # named by time
-             for line in log.read_text().splitlines()]
     # Validations are logged by epoch, or by iteration where there are none.
     step = meta.get('epoch') or meta.get('iter')
-    found = [values for values in lines
+    found = [values for values in read_scalars(checkpoint.parent)
              if 'loss' not in values and values.get('step') == step]
     return found[-1] if found else {}
 

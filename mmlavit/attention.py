@@ -11,7 +11,7 @@ there are two representations of scores with one interface: `FactoredScores`
 carries Q and K, `MaterialisedScores` the ``N x M`` matrix of the formula.
 """
 import functools
-from typing import NamedTuple, Optional, Tuple, Union
+from typing import Callable, NamedTuple, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,8 @@ Grid = Tuple[int, int]
 is_compiling = getattr(torch.compiler, 'is_compiling', lambda: False)
 
 # Entries of the score matrices that score_path='auto' builds at once: 4 MB in
-# float32, which stay in a CPU's cache; a GPU wants larger pieces. It bounds the
-# memory, which is else linear in the pixels.
+# float32, which stay in a CPU's cache; more on a GPU, where the number was not
+# measured. This bounds memory; everything else is linear in the pixels.
 MAX_BUILT_SCORES = dict(cpu=2**20, gpu=2**25)
 
 
@@ -83,7 +83,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def normalise(norm: nn.Module, x: Tensor, grid: Grid) -> Tensor:
-    """Applies a norm to tokens; all but layer norms see them as a map."""
+    """Applies a norm to tokens; batch, instance and group norms see a map."""
     if isinstance(norm, (_BatchNorm, _InstanceNorm, nn.GroupNorm)):
         return to_tokens(norm(to_map(x, grid)))
     return norm(x)
@@ -92,8 +92,8 @@ def normalise(norm: nn.Module, x: Tensor, grid: Grid) -> Tensor:
 class TokenMix(nn.Module):
     """Theta or Psi: the learned linear map over one token axis.
 
-    ``x + U W D x``: at the base grid D and U are the identity and this is the
-    full matrix ``I + W``; at any other grid D averages areas down to the base
+    ``x + U W D x``: on the base grid D and U are the identity and this is the
+    full matrix ``I + W``; on any other grid D averages areas down to the base
     grid and U resizes bilinearly back, at a cost linear in the tokens (our
     choice). W starts at zero, so that a fresh LA layer repeats its
     predecessor's attention. There is no bias: in Psi it would cancel in the
@@ -123,6 +123,13 @@ class TokenMix(nn.Module):
 
     def extra_repr(self) -> str:
         return f'base_grid={self.base_grid}'
+
+
+def mix_heads(scores: Tensor, mix: Tensor) -> Tensor:
+    """A 1x1 convolution over heads: (B, h, N, M), (h', h) -> (B, h', N, M)."""
+    # bmm on an expanded weight: matmul would transpose and copy the scores.
+    weight = mix.expand(len(scores), -1, -1)
+    return torch.bmm(weight, scores.flatten(2)).unflatten(2, scores.shape[2:])
 
 
 class FactoredScores(NamedTuple):
@@ -238,13 +245,6 @@ class MaterialisedScores(NamedTuple):
         return self.scores
 
 
-def mix_heads(scores: Tensor, mix: Tensor) -> Tensor:
-    """A 1x1 convolution over heads: (B, h, N, M), (h', h) -> (B, h', N, M)."""
-    # bmm on an expanded weight: matmul would transpose and copy the scores.
-    weight = mix.expand(len(scores), -1, -1)
-    return torch.bmm(weight, scores.flatten(2)).unflatten(2, scores.shape[2:])
-
-
 Scores = Union[FactoredScores, MaterialisedScores]
 
 
@@ -261,14 +261,23 @@ class LayerScores(NamedTuple):
         return functools.reduce(torch.add,
                                 (part.dense() for part in self.parts()))
 
+    def each(self, function: Callable[[Scores], Scores]) -> 'LayerScores':
+        """The function applied to both parts; every transform is linear."""
+        return LayerScores(*(part if part is None else function(part)
+                             for part in self))
+
+    def mix_tokens(self, theta: TokenMix, psi: TokenMix, q_grid: Grid,
+                   k_grid: Grid) -> 'LayerScores':
+        """The scores Psi(Theta(S)^T)^T of a less-attention layer."""
+        return self.each(lambda part: part.mix_tokens(theta, psi, q_grid, k_grid))
+
     def rows(self, start: int, stop: int) -> 'LayerScores':
         """The scores of some of the queries."""
-        return LayerScores(*(part and part.rows(start, stop) for part in self))
+        return self.each(lambda part: part.rows(start, stop))
 
     def pool_queries(self, q_grid: Grid, ratio: int) -> 'LayerScores':
         """Scores between regions, (B, heads, M, M), in float32 or better."""
-        return LayerScores(*(part and part.pool_queries(q_grid, ratio)
-                             for part in self))
+        return self.each(lambda part: part.pool_queries(q_grid, ratio))
 
     @property
     def device(self) -> torch.device:
@@ -277,8 +286,9 @@ class LayerScores(NamedTuple):
     def to_next_stage(self) -> Scores:
         """The part that crosses a stage boundary.
 
-        Only what the stage itself computed (our choice): else the width of the
-        factors would grow with every stage.
+        What the stage itself computed (our choice): with what it inherited too,
+        the factors would widen with every stage. A stage of LA layers alone has
+        computed none and passes on what it inherited.
         """
         return self.inherited if self.own is None else self.own
 
@@ -306,6 +316,7 @@ class AttentionDownsample(nn.Module):
         self.mix = nn.Parameter(F.one_hot(source, in_heads).float())
 
     def forward(self, scores: Scores, q_grid: Grid) -> Scores:
+        """Scores over the last stage's ``q_grid`` -> over this stage's grid."""
         return scores.downsample(self.depthwise, self.mix, self.stride, q_grid)
 
     def extra_repr(self) -> str:
@@ -552,9 +563,8 @@ class LessAttention(Attention):
                 scores: LayerScores) -> Tuple[Tensor, LayerScores]:
         """x (B, N, C); ``scores`` are those of the layer before."""
         if self.transform == 'token_mix':
-            scores = LayerScores(*(part and part.mix_tokens(
-                self.theta, self.psi, grid, self.key_grid(grid))
-                                   for part in scores))
+            scores = scores.mix_tokens(self.theta, self.psi, grid,
+                                       self.key_grid(grid))
         return self.aggregate(scores, self.v(self.reduce(x, grid))), scores
 
     def probabilities(self, scores: LayerScores) -> Tensor:

@@ -2,8 +2,9 @@
 import math
 import os
 import re
+from contextlib import contextmanager, nullcontext
 from inspect import signature
-from typing import List, Optional, Sequence, Tuple, Union
+from typing import Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 from mmcv.cnn import build_activation_layer, build_norm_layer
@@ -50,6 +51,111 @@ VALUE_REDUCTIONS = ('conv', 'pool')
 TRANSFORMS = ('token_mix', 'identity', 're_attention')
 
 
+def init_module(module: nn.Module) -> None:
+    """Linear, convolution and norm weights as PVT and Swin begin with them."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = module.weight[0, 0].numel() * module.out_channels
+        nn.init.normal_(module.weight, 0,
+                        math.sqrt(2 * module.groups / fan_out))
+    elif isinstance(module, (nn.LayerNorm, _BatchNorm, nn.GroupNorm)):
+        nn.init.ones_(module.weight)
+    if getattr(module, 'bias', None) is not None:
+        nn.init.zeros_(module.bias)
+
+
+def resolve_arch(arch: Union[str, dict], num_va_layers: Optional[Sequence[int]],
+                 sr_ratios: Sequence[int]) -> dict:
+    """The arch as a complete, checked dict of tuples, one value a stage.
+
+    Raises:
+        TypeError, ValueError: As `LaViT` does for ``arch``, ``num_va_layers`` and
+            ``sr_ratios``.
+    """
+    names = f'one of {tuple(ARCHS)}, or a dict'
+    if isinstance(arch, str):
+        require(arch in ARCHS, 'arch', arch, names)
+        arch = ARCHS[arch]
+    require_type(isinstance(arch, dict), 'arch', arch, names)
+    require_keys('arch', arch, ARCHS['tiny'], {*ARCHS['tiny'], *ARCH_DEFAULTS})
+    num_stages = len(require_ints('depths', arch['depths'], 1))
+    require(num_stages > 0, 'depths', arch['depths'], 'at least one stage')
+    defaults = {k: values[:num_stages] for k, values in ARCH_DEFAULTS.items()}
+    arch = {**defaults, **arch}
+    if num_va_layers is not None:
+        arch['num_va_layers'] = num_va_layers
+
+    for key, values in {**arch, 'sr_ratios': sr_ratios}.items():
+        least = 0 if key == 'num_va_layers' else 1
+        if key == 'mlp_ratios':
+            require_type(
+                isinstance(values, (list, tuple)), key, values,
+                'a sequence of numbers')
+            for value in values:
+                require_number(key, value, 0)
+        else:
+            values = require_ints(key, values, least)
+        require(
+            len(values) == num_stages, key, values,
+            f'one value for each of the {num_stages} stages that '
+            f'depths={arch["depths"]} has')
+        if key in arch:
+            arch[key] = tuple(values)
+
+    for dims, heads in zip(arch['embed_dims'], arch['num_heads']):
+        require(dims % heads == 0, 'num_heads', arch['num_heads'],
+                 f'numbers that divide embed_dims={arch["embed_dims"]}; '
+                 f'{heads} does not divide {dims}')
+    for dims, ratio in zip(arch['embed_dims'], arch['mlp_ratios']):
+        require(dims * ratio >= 1, 'mlp_ratios', arch['mlp_ratios'],
+                f'at least 1 / embed_dims={arch["embed_dims"]}, so that the '
+                'FFN has a hidden channel')
+    for size, stride in zip(arch['patch_sizes'], arch['strides']):
+        require(size % 2 and size >= stride, 'patch_sizes',
+                arch['patch_sizes'], 'odd numbers of at least strides='
+                f'{arch["strides"]}, so that every pixel is seen')
+    for va, depth in zip(arch['num_va_layers'], arch['depths']):
+        require(va <= depth, 'num_va_layers', arch['num_va_layers'],
+                 f'at most depths={arch["depths"]} in every stage')
+    require(arch['num_va_layers'][0] > 0, 'num_va_layers',
+             arch['num_va_layers'],
+             'at least 1 in the first stage, which has no scores to inherit')
+    return arch
+
+
+def check_layers(norm_cfg: dict, act_cfg: dict,
+                 embed_dims: Sequence[int]) -> None:
+    """Raises unless the layers work on tokens."""
+    grid = 2, 2  # some norms refuse the statistics of a single position
+    for dims in embed_dims:
+        tokens = torch.ones(1, 4, dims)
+        require_layer(
+            'norm_cfg', norm_cfg,
+            f"a norm that fits {dims} channels: 'LN', 'BN', 'GN' ...",
+            lambda: normalise(
+                build_norm_layer(norm_cfg, dims)[1].eval(), tokens, grid
+            ).shape == tokens.shape)
+    require_layer(
+        'act_cfg', act_cfg, "an activation: 'GELU', 'ReLU' ...",
+        lambda: build_activation_layer(act_cfg)(tokens).shape == tokens.shape)
+
+
+def check_init_cfg(init_cfg: Union[dict, Sequence[dict], None]) -> None:
+    """Raises unless its form is mmengine's, who checks what is in it."""
+    if init_cfg is None:
+        return
+    expected = ("None, or a dict or list of dicts with a type, as in "
+                "dict(type='Pretrained', checkpoint=PATH)")
+    cfgs = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]
+    for cfg in cfgs:
+        require_type(isinstance(cfg, dict), 'init_cfg', init_cfg, expected)
+        require(
+            'type' in cfg
+            and (cfg['type'] != 'Pretrained' or 'checkpoint' in cfg),
+            'init_cfg', init_cfg, expected)
+
+
 class ConvFFN(nn.Module):
     """Feed-forward network with a depth-wise 3x3 convolution, as in PVTv2.
 
@@ -75,6 +181,20 @@ class ConvFFN(nn.Module):
         x = self.fc1(x)
         x = to_tokens(self.dwconv(to_map(x, grid)))
         return self.drop(self.fc2(self.drop(self.act(x))))
+
+
+@contextmanager
+def keep_statistics(module: nn.Module) -> Iterator[None]:
+    """Batch norms inside count no batch: a recomputed one was counted before."""
+    norms = [(x, x.momentum, x.num_batches_tracked) for x in module.modules()
+             if isinstance(x, _BatchNorm)]
+    for norm, *_ in norms:
+        norm.momentum, norm.num_batches_tracked = 0., None
+    try:
+        yield
+    finally:
+        for norm, momentum, count in norms:
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 class Block(nn.Module):
@@ -106,8 +226,12 @@ class Block(nn.Module):
                 scores: LayerScores) -> Tuple[Tensor, LayerScores]:
         """x (B, N, C) and the scores of the layer before."""
         if self.with_cp and x.requires_grad:
+            again = {}
+            if any(isinstance(module, _BatchNorm) for module in self.modules()):
+                again['context_fn'] = lambda: (nullcontext(),
+                                               keep_statistics(self))
             return checkpoint(
-                self._forward, x, grid, scores, use_reentrant=False)
+                self._forward, x, grid, scores, use_reentrant=False, **again)
         return self._forward(x, grid, scores)
 
     def _forward(self, x, grid, scores):
@@ -149,18 +273,17 @@ class Stage(nn.Module):
     Args:
         patch_embed (PatchEmbed): The embedding.
         blocks (Sequence[Block]): The layers.
+        dp_layers (Sequence[bool]): For each layer whether the DP loss is on it.
         downsample (AttentionDownsample, optional): Takes the scores of the
             stage before to this stage's first layer. Defaults to None: nothing
             is inherited.
-        dp_layers (Sequence[bool]): Which layers the DP loss is on. Defaults to
-            (): none.
     """
 
     def __init__(self,
                  patch_embed: PatchEmbed,
                  blocks: Sequence[Block],
-                 downsample: Optional[AttentionDownsample] = None,
-                 dp_layers: Sequence[bool] = ()) -> None:
+                 dp_layers: Sequence[bool],
+                 downsample: Optional[AttentionDownsample] = None) -> None:
         super().__init__()
         self.patch_embed = patch_embed
         self.downsample = downsample
@@ -187,7 +310,7 @@ class Stage(nn.Module):
             scores = LayerScores(
                 inherited=self.downsample(last_scores, last_grid))
         for i, block in enumerate(self.blocks):
-            if isinstance(block.attn, VanillaAttention) and scores.own:
+            if isinstance(block.attn, VanillaAttention) and i > 0:
                 scores = LayerScores()  # only the first VA layer has a residual
             x, scores = block(x, grid, scores)
             if dp_loss is not None and self.dp_layers[i]:
@@ -225,9 +348,9 @@ class LaViT(BaseModule):
         out_indices (Sequence[int]): Stages whose maps are returned, ascending.
             Later stages are not built. Defaults to (0, 1, 2, 3).
         num_va_layers (Sequence[int], optional): Overrides the arch's number of
-            VA layers of each stage; equal to ``depths`` there is no LA layer
-            and with ``attn_residual=False`` nothing of LaViT's. Defaults to
-            None.
+            VA layers of each stage; equal to ``depths`` there is no LA layer,
+            and with ``attn_residual=False`` and ``dp_loss=None`` nothing of
+            LaViT's: the all-VA twin. Defaults to None.
         sr_ratios (Sequence[int]): Spatial reduction of keys and values in each
             stage; at stages that inherit scores, ratio times total stride must
             not change. Defaults to (8, 4, 2, 1).
@@ -241,7 +364,8 @@ class LaViT(BaseModule):
         dp_loss (dict, optional): Arguments of the diagonality-preserving loss
             (`DiagonalityPreservingLoss`), ``dict()`` for its defaults. Models
             of the three toolboxes then have ``loss_dp`` among their training
-            losses; at test time it costs nothing. Defaults to None: off.
+            losses; at test time, in frozen stages and without gradients it is
+            not computed. Defaults to None: off.
         score_path (str): 'materialised': the literal formulas on N x M score
             matrices. 'factored': never builds one; the same values from the
             mixed Q and K. 'auto': factored, but scores inherited across stages,
@@ -429,9 +553,9 @@ class LaViT(BaseModule):
                     PatchEmbed(embed_dims[i - 1] if i else in_channels,
                                embed_dims[i], arch['patch_sizes'][i],
                                strides[i], norm_cfg), blocks,
+                    dp_layers[first:first + depths[i]],
                     AttentionDownsample(heads[i - 1], heads[i], strides[i])
-                    if inherits else None,
-                    dp_layers[first:first + depths[i]]))
+                    if inherits else None))
             if i in out_indices:
                 # On the outputs alone: the trunk itself is pre-norm.
                 self.add_module(f'norm{i}',
@@ -576,103 +700,3 @@ class LaViT(BaseModule):
         return list(
             dict.fromkeys(match[0] for match in found
                           if match and int(match[1]) < len(self.stages)))
-
-
-def init_module(module: nn.Module) -> None:
-    """Linear, convolution and norm weights as PVT and Swin begin with them."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-    elif isinstance(module, nn.Conv2d):
-        fan_out = module.weight[0, 0].numel() * module.out_channels
-        nn.init.normal_(module.weight, 0,
-                        math.sqrt(2 * module.groups / fan_out))
-    elif isinstance(module, (nn.LayerNorm, _BatchNorm, nn.GroupNorm)):
-        nn.init.ones_(module.weight)
-    if getattr(module, 'bias', None) is not None:
-        nn.init.zeros_(module.bias)
-
-
-def resolve_arch(arch: Union[str, dict], num_va_layers: Optional[Sequence[int]],
-                 sr_ratios: Sequence[int]) -> dict:
-    """The arch as a complete, checked dict of tuples, one value a stage."""
-    names = f'one of {tuple(ARCHS)}, or a dict'
-    if isinstance(arch, str):
-        require(arch in ARCHS, 'arch', arch, names)
-        arch = ARCHS[arch]
-    require_type(isinstance(arch, dict), 'arch', arch, names)
-    require_keys('arch', arch, ARCHS['tiny'], {*ARCHS['tiny'], *ARCH_DEFAULTS})
-    num_stages = len(require_ints('depths', arch['depths'], 1))
-    require(num_stages > 0, 'depths', arch['depths'], 'at least one stage')
-    defaults = {k: values[:num_stages] for k, values in ARCH_DEFAULTS.items()}
-    arch = {**defaults, **arch}
-    if num_va_layers is not None:
-        arch['num_va_layers'] = num_va_layers
-
-    for key, values in {**arch, 'sr_ratios': sr_ratios}.items():
-        least = 0 if key == 'num_va_layers' else 1
-        if key == 'mlp_ratios':
-            require_type(
-                isinstance(values, (list, tuple)), key, values,
-                'a sequence of numbers')
-            for value in values:
-                require_number(key, value, 0)
-        else:
-            values = require_ints(key, values, least)
-        require(
-            len(values) == num_stages, key, values,
-            f'one value for each of the {num_stages} stages that '
-            f'depths={arch["depths"]} has')
-        if key in arch:
-            arch[key] = tuple(values)
-
-    for dims, heads in zip(arch['embed_dims'], arch['num_heads']):
-        require(dims % heads == 0, 'num_heads', arch['num_heads'],
-                 f'numbers that divide embed_dims={arch["embed_dims"]}; '
-                 f'{heads} does not divide {dims}')
-    for dims, ratio in zip(arch['embed_dims'], arch['mlp_ratios']):
-        require(dims * ratio >= 1, 'mlp_ratios', arch['mlp_ratios'],
-                f'at least 1 / embed_dims={arch["embed_dims"]}, so that the '
-                'FFN has a hidden channel')
-    for size, stride in zip(arch['patch_sizes'], arch['strides']):
-        require(size % 2 and size >= stride, 'patch_sizes',
-                arch['patch_sizes'], 'odd numbers of at least strides='
-                f'{arch["strides"]}, so that every pixel is seen')
-    for va, depth in zip(arch['num_va_layers'], arch['depths']):
-        require(va <= depth, 'num_va_layers', arch['num_va_layers'],
-                 f'at most depths={arch["depths"]} in every stage')
-    require(arch['num_va_layers'][0] > 0, 'num_va_layers',
-             arch['num_va_layers'],
-             'at least 1 in the first stage, which has no scores to inherit')
-    return arch
-
-
-def check_layers(norm_cfg: dict, act_cfg: dict,
-                 embed_dims: Sequence[int]) -> None:
-    """Raises unless the layers work on tokens."""
-    grid = 2, 2  # some norms refuse the statistics of a single position
-    for dims in embed_dims:
-        tokens = torch.ones(1, 4, dims)
-        require_layer(
-            'norm_cfg', norm_cfg,
-            f"a norm that fits {dims} channels: 'LN', 'BN', 'GN' ...",
-            lambda: normalise(
-                build_norm_layer(norm_cfg, dims)[1].eval(), tokens, grid
-            ).shape == tokens.shape)
-    require_layer(
-        'act_cfg', act_cfg, "an activation: 'GELU', 'ReLU' ...",
-        lambda: build_activation_layer(act_cfg)(tokens).shape == tokens.shape)
-
-
-def check_init_cfg(init_cfg: Union[dict, Sequence[dict], None]) -> None:
-    """Raises unless its form is mmengine's, who checks what is in it."""
-    if init_cfg is None:
-        return
-    expected = ("None, or a dict or list of dicts with a type, as in "
-                "dict(type='Pretrained', checkpoint=PATH)")
-    cfgs = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]
-    for cfg in cfgs:
-        require_type(isinstance(cfg, dict), 'init_cfg', init_cfg, expected)
-        require(
-            'type' in cfg
-            and (cfg['type'] != 'Pretrained' or 'checkpoint' in cfg),
-            'init_cfg', init_cfg, expected)

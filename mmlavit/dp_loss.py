@@ -11,6 +11,7 @@ a module with a DP loss inside gets a forward hook that adds ``loss_dp`` to the
 dict of losses it returns. As part of that output it passes through DDP,
 gradient scaling and accumulation like any other loss.
 """
+import warnings
 from typing import Iterator, List, Optional, Sequence, Union
 
 import torch
@@ -20,7 +21,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from .attention import Grid, LayerScores
+from .attention import Grid, LayerScores, is_compiling
 from .checks import (require, require_choice, require_int, require_ints,
                      require_number, require_type)
 
@@ -39,8 +40,9 @@ class DiagonalityPreservingLoss(nn.Module):
       diagonal_weight * sum_{j != i} max(0, A_ij - A_ii + margin / M)``, averaged
       over rows, heads and images, then over the layers of a stage, then over
       stages: every stage weighs the same, whatever its size. Non-negative, at
-      most ``2 * symmetry_weight + (1 + margin) * diagonal_weight``. Without a
-      margin the uniform map, in which nothing dominates, has no loss.
+      most ``2 * symmetry_weight + (1 + margin) * diagonal_weight`` before
+      ``loss_weight``. Without a margin the uniform map, in which nothing
+      dominates, has no loss.
     - ``form='paper'``: ``symmetry_weight * sum_ij |S_ij - S_ji| +
       diagonal_weight * sum_ij (S_ij - S_ii)``, averaged over heads and images,
       summed over layers; the sign is the one that makes the diagonal dominant.
@@ -156,6 +158,10 @@ class DiagonalityPreservingLoss(nn.Module):
         Outside of a model that collects them only the last one is kept.
         """
         if not self.collects:
+            if not is_compiling() and self.values:
+                warnings.warn(
+                    'LaViT: the DP loss of the last forward reached no training '
+                    'loss. Add `backbone.dp_loss.take()` to it, or set dp_loss=None')
             self.values = []
         stages = [torch.stack(losses) for losses in stages if losses]
         if self.form == 'bounded':
@@ -196,12 +202,16 @@ def dp_losses_in(model: nn.Module) -> Iterator[DiagonalityPreservingLoss]:
 
 def collect_dp_losses(model: nn.Module, inputs: tuple) -> None:
     """Forward pre-hook: a new loss begins."""
+    if not model.training:
+        return
     for dp_loss in dp_losses_in(model):
         dp_loss.values, dp_loss.collects = [], True
 
 
 def add_dp_loss(model: nn.Module, inputs: tuple, losses):
     """Forward hook: adds ``loss_dp`` to a dict of losses."""
+    if not model.training:
+        return None
     values = []
     for dp_loss in dp_losses_in(model):
         dp_loss.collects = False
@@ -217,9 +227,9 @@ def add_dp_loss(model: nn.Module, inputs: tuple, losses):
     return losses
 
 
-def attach(parent: nn.Module, name: str, child: nn.Module) -> None:
+def attach(parent: nn.Module, name: str, child: Optional[nn.Module]) -> None:
     """Registration hook: a model with a DP loss inside adds it to its losses."""
-    if (isinstance(parent, BaseModel)
+    if (isinstance(parent, BaseModel) and child is not None
             and add_dp_loss not in parent._forward_hooks.values()
             and any(dp_losses_in(child))):
         parent.register_forward_pre_hook(collect_dp_losses)

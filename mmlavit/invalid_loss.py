@@ -38,7 +38,7 @@ class InvalidLossHook(Hook):
                       (value if isinstance(value, (list, tuple)) else [value]))
             for name, value in losses.items() if 'loss' in name
         }
-        if all(value.isfinite() for value in values.values()):
+        if all(torch.as_tensor(value).isfinite() for value in values.values()):
             return
         values = ', '.join(f'{k}={float(v):.4g}' for k, v in values.items())
         raise FloatingPointError(
@@ -53,7 +53,7 @@ class InvalidLossHook(Hook):
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Raises FloatingPointError if a weight is invalid."""
         for name, value in checkpoint['state_dict'].items():
-            if not value.isfinite().all():
+            if isinstance(value, Tensor) and not value.isfinite().all():
                 raise FloatingPointError(
                     f'Step {runner.iter + 1}: the weights {name} are not '
                     'finite, so they were not saved. The checkpoints before '

@@ -8,18 +8,18 @@ from torch import nn
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class MergedGroupsConstructor(DefaultOptimWrapperConstructor):
-    """mmengine's own constructor with groups of equal settings made one.
+    """mmengine's default constructor, with groups of equal settings merged.
 
     An optimizer updates the parameters of one group together, by few kernels
     (``foreach``, PyTorch's default on GPUs, and ``fused``). mmengine's groups of
     one parameter each leave it nothing to put together. Every parameter keeps its
-    settings, so the update is the same; the state in a checkpoint is grouped
-    otherwise, so a training resumes with the constructor that it began with.
+    settings, so the update is the same; but a checkpoint holds the optimizer's
+    state by groups, so resume a training with the constructor it began with.
     Our choice, no part of the paper.
 
     Args:
         optim_wrapper_cfg (dict): As mmengine's.
-        paramwise_cfg (dict, optional): As mmengine's. Default: None.
+        paramwise_cfg (dict, optional): As mmengine's. Defaults to None.
 
     Raises:
         ValueError: When modules share a parameter and ``bypass_duplicate`` is not
@@ -31,6 +31,7 @@ class MergedGroupsConstructor(DefaultOptimWrapperConstructor):
                    module: nn.Module,
                    prefix: str = '',
                    is_dcn_module: Optional[Union[int, float]] = None) -> None:
+        """Appends the groups of ``module`` to ``params``; mmengine calls it."""
         super().add_params(params, module, prefix, is_dcn_module)
         if prefix:  # the recursion is still on its way
             return

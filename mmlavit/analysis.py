@@ -9,6 +9,7 @@ Maps are compared on regions: the queries of a key's region are averaged, so tha
 map is (heads, M, M) with the same M in all of LaViT's stages.
 """
 from contextlib import contextmanager
+from functools import partial
 from typing import Callable, Dict, Iterator, List, NamedTuple, Sequence
 
 import torch
@@ -76,7 +77,8 @@ def observe_layers(model: nn.Module,
     """Calls back for every attention layer of each forward in this context.
 
     Nothing about the model changes: the hooks are gone afterwards, and the layers
-    stay factored where they are.
+    stay factored where they are. Use it in eval mode: in training mode the batch
+    norm of Re-Attention would count each map that is asked for again.
 
     Args:
         model (nn.Module): A LaViT, mmpretrain's VisionTransformer, or any model
@@ -91,8 +93,7 @@ def observe_layers(model: nn.Module,
         if isinstance(module, Block):
             handles.append(module.register_forward_hook(
                 lavit_hook(name, callback)))
-        elif type(getattr(module, 'attn', None)).__name__ == (
-                'MultiheadAttention') and hasattr(module.attn, 'qkv'):
+        elif is_plain_vit(module):
             handles += vit_hooks(name, module, callback)
     if not handles:
         raise TypeError(
@@ -118,22 +119,28 @@ def lavit_hook(name: str, callback: Callable) -> Callable:
     return hook
 
 
-def vit_hooks(name: str, layer: nn.Module, callback: Callable) -> list:
-    """Of a plain ViT's layer: its input gives Q and K, its output the tokens."""
-    held = {}
+def is_plain_vit(module: nn.Module) -> bool:
+    """Whether it is built as mmpretrain's VisionTransformer is."""
+    return (hasattr(module, 'num_extra_tokens') and hasattr(module, 'patch_embed')
+            and all(type(getattr(layer, 'attn', None)).__name__ ==
+                    'MultiheadAttention' and hasattr(layer.attn, 'qkv')
+                    for layer in getattr(module, 'layers', [None])))
+
+
+def vit_hooks(name: str, vit: nn.Module, callback: Callable) -> list:
+    """Of a plain ViT's layers: the input gives Q and K, the output the tokens."""
+    extra, held = vit.num_extra_tokens, {}  # class and distillation tokens
+
+    def embedded(patch_embed: nn.Module, args: tuple, output: tuple) -> None:
+        held['grid'] = tuple(output[1])
 
     def before(attn: nn.Module, args: tuple) -> None:
         # The projection again, for it is not among the outputs.
         q, k, _ = attn.qkv(args[0]).chunk(3, dim=-1)
         held['scores'] = q, k * attn.head_dims**-0.5, attn.num_heads
 
-    def after(module: nn.Module, args: tuple, tokens: Tensor) -> None:
+    def after(i: int, layer: nn.Module, args: tuple, tokens: Tensor) -> None:
         q, k, heads = held.pop('scores')
-        side = int(tokens.shape[1]**0.5)
-        extra = tokens.shape[1] - side**2  # class and distillation tokens
-        if extra > 2:
-            raise ValueError(f'{name} has {tokens.shape[1]} tokens: a plain ViT '
-                             'can be observed on square images only')
         scores = LayerScores(
             FactoredScores(q[:, extra:], k[:, extra:], heads))
 
@@ -143,11 +150,14 @@ def vit_hooks(name: str, layer: nn.Module, callback: Callable) -> list:
             whole = torch.cat([others, rows.dense()], -1).softmax(-1)
             return whole[..., extra:]
 
-        callback(Layer(name, 0, 'ViT', (side, side), 1, tokens[:, extra:],
-                       scores, probabilities))
+        callback(Layer(f'{name}.layers.{i}'.lstrip('.'), 0, 'ViT', held['grid'],
+                       1, tokens[:, extra:], scores, probabilities))
 
-    return [layer.attn.register_forward_pre_hook(before),
-            layer.register_forward_hook(after)]
+    handles = [vit.patch_embed.register_forward_hook(embedded)]
+    for i, layer in enumerate(vit.layers):
+        handles += [layer.attn.register_forward_pre_hook(before),
+                    layer.register_forward_hook(partial(after, i))]
+    return handles
 
 
 def map_similarity(a: Tensor, b: Tensor) -> Tensor:
@@ -198,8 +208,8 @@ def diagonal_largest(attn: Tensor) -> Tensor:
 class Similarity:
     """Running means of all measures over batches.
 
-    For each to each, a batch's region maps of all layers are held at a time: batch x
-    heads x M x M for each layer. Use batch 1 for large inputs.
+    To compare every layer with every other, a batch's region maps of all layers are
+    held at a time: batch x heads x M x M for each layer. Use batch 1 for large inputs.
 
     Example:
         >>> similarity = Similarity()

@@ -102,11 +102,6 @@ def test_every_transform_trains_with_dp_loss_and_no_unused_parameters(transform)
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_unknown_transform_is_named():
-    with pytest.raises(ValueError, match="transform='mix'.*'token_mix'"):
-        LaViT(transform='mix')
-
-
 @pytest.mark.parametrize('path', ['auto', 'factored', 'materialised'])
 @pytest.mark.parametrize('transform', ['token_mix', 're_attention'])
 def test_observed_maps_are_the_ones_used(path, transform, monkeypatch):
@@ -169,6 +164,24 @@ def test_plain_vit_is_observed():
                                    scores.softmax(-1)[..., 1:, 1:])
         assert layer.tokens.shape == (2, 16, 8)
     [handle.remove() for handle in handles]
+
+
+@pytest.mark.parametrize('size', [(48, 80), (32, 128)])
+def test_plain_vit_is_observed_on_its_own_grid(size):
+    """3 x 5 patches and the class token are 16 tokens, but no 4 x 4."""
+    vit = VisionTransformer(
+        dict(embed_dims=8, num_layers=2, num_heads=2, feedforward_channels=16),
+        img_size=size, patch_size=16, out_type='featmap')
+    vit.eval()
+    layers = []
+    with observe_layers(vit, layers.append), torch.no_grad():
+        vit(torch.rand(1, 3, *size))
+    h, w = (side // 16 for side in size)
+    assert [layer.name for layer in layers] == ['layers.0', 'layers.1']
+    for layer in layers:
+        assert layer.grid == (h, w)
+        assert layer.tokens.shape == (1, h * w, 8)
+        assert layer.region_map().shape == (1, 2, h * w, h * w)
 
 
 def test_measures_of_hand_computed_examples():
@@ -271,6 +284,22 @@ def test_tool_takes_a_plain_vit(folder, tmp_path):
     rows = list(csv.DictReader(open(tmp_path / 'out/similarity.csv')))
     assert [row['kind'] for row in rows] == ['ViT'] * 3
     assert all(float(row['map_similarity_to_previous']) > 0 for row in rows[1:])
+
+
+def test_tool_names_weights_and_labels_that_do_not_fit(folder, tmp_path, capsys):
+    config = str(ROOT / 'configs/lavit_t_in1k.py')
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / 'x.pth')
+    with pytest.raises(SystemExit, match='x.pth: none of its weights'):
+        tool['build'](config, str(tmp_path / 'x.pth'), 'cpu')
+    torch.save({f'backbone.{name}': value for name, value in
+                build().state_dict().items()}, tmp_path / 'y.pth')
+    with pytest.raises(SystemExit, match='y.pth: LaViT: these are not'):
+        tool['build'](config, str(tmp_path / 'y.pth'), 'cpu')
+    for labels in (['a'], ['a', 'b', 'c']):
+        with pytest.raises(SystemExit):
+            tool['parse_args']([config, 'none', str(folder), '--compare', config,
+                                'none', '--labels', *labels])
+        assert 'expected one for each of the 2' in capsys.readouterr().err
 
 
 def test_images_are_spread_over_the_folder_and_missing_ones_named(tmp_path):

@@ -20,22 +20,19 @@ import logging
 from pathlib import Path
 from typing import Dict, List, Optional
 
-import matplotlib
+import mmcv
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from mmengine.config import Config
+from mmengine.runner import load_checkpoint
+from torch import nn
+from tqdm import tqdm
 
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
-import mmcv  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from mmengine.config import Config  # noqa: E402
-from mmengine.runner import load_checkpoint  # noqa: E402
-from torch import nn  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-import mmlavit  # noqa: E402,F401  (registers LaViT)
-from mmlavit.analysis import MEASURES, Similarity, observe_layers  # noqa: E402
-from mmlavit.building import build_model  # noqa: E402
+import mmlavit  # noqa: F401  (registers LaViT)
+from mmlavit.analysis import MEASURES, Similarity, observe_layers
+from mmlavit.building import build_model
 
 SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff'}
 TITLES = dict(
@@ -52,7 +49,14 @@ def build(config: str, checkpoint: str, device: str) -> nn.Module:
     model = build_model(Config.fromfile(config))
     model.init_weights()
     if checkpoint != 'none':
-        load_checkpoint(model, checkpoint, map_location='cpu')
+        try:
+            loaded = load_checkpoint(model, checkpoint, map_location='cpu')
+        except (FileNotFoundError, ValueError) as error:
+            raise SystemExit(f'{checkpoint}: {error}')
+        if not model.backbone.state_dict(prefix='backbone.').keys() & (
+                loaded.get('state_dict', loaded).keys()):
+            raise SystemExit(f'{checkpoint}: none of its weights are of the '
+                             f'backbone of {config}')
     return model.eval().to(device)
 
 
@@ -120,8 +124,8 @@ def look(model: nn.Module, file: Path, points: List[tuple], size: tuple):
 
 def plot_similarity(results: Dict[str, dict], out: Path) -> None:
     """Curves of the measures by depth; a matrix of the maps for each model."""
-    fig, axes = plt.subplots(2, 4, figsize=(19, 8.5))
-    axes = axes.ravel()
+    fig = Figure(figsize=(19, 8.5))
+    axes = fig.subplots(2, 4).ravel()
     for ax, measure_name in zip(axes, MEASURES):
         for label, result in results.items():
             values = [layer[measure_name] for layer in result['layers']]
@@ -151,7 +155,6 @@ def plot_similarity(results: Dict[str, dict], out: Path) -> None:
         ax.axis('off')
     fig.tight_layout()
     fig.savefig(out, dpi=80)
-    plt.close(fig)
 
 
 def plot_attention(looks: Dict[str, tuple], file: Path, points: List[tuple],
@@ -170,8 +173,8 @@ def plot_attention(looks: Dict[str, tuple], file: Path, points: List[tuple],
                 name = f'{label}\nhead {h}' if heads else label
                 rows.append((name, point, maps, cells))
     columns = max(len(row[3]) for row in rows)
-    fig, axes = plt.subplots(len(rows), columns + 1, squeeze=False,
-                             figsize=(1.5 * columns + 1.5, 1.65 * len(rows)))
+    fig = Figure(figsize=(1.5 * columns + 1.5, 1.65 * len(rows)))
+    axes = fig.subplots(len(rows), columns + 1, squeeze=False)
     for ax in axes.ravel():
         ax.axis('off')
     for (name, point, maps, cells), line in zip(rows, axes):
@@ -194,7 +197,6 @@ def plot_attention(looks: Dict[str, tuple], file: Path, points: List[tuple],
                         color='cyan', ms=8, mew=1.5)
     fig.tight_layout(pad=.3)
     fig.savefig(out, dpi=75)
-    plt.close(fig)
 
 
 def plot_features(looks: Dict[str, tuple], file: Path, size: tuple,
@@ -202,8 +204,8 @@ def plot_features(looks: Dict[str, tuple], file: Path, size: tuple,
     """The magnitude of the tokens at the end of each stage."""
     image = mmcv.imresize(mmcv.imread(file), size[::-1])[..., ::-1]
     columns = max(len(features) for _, features in looks.values())
-    fig, axes = plt.subplots(len(looks), columns + 1, squeeze=False,
-                             figsize=(2.2 * columns + 2.2, 2.4 * len(looks)))
+    fig = Figure(figsize=(2.2 * columns + 2.2, 2.4 * len(looks)))
+    axes = fig.subplots(len(looks), columns + 1, squeeze=False)
     for ax in axes.ravel():
         ax.axis('off')
     for (label, (_, features)), line in zip(looks.items(), axes):
@@ -214,7 +216,6 @@ def plot_features(looks: Dict[str, tuple], file: Path, size: tuple,
             line[i + 1].set_title(f'stage {i}', fontsize=9)
     fig.tight_layout(pad=.3)
     fig.savefig(out, dpi=75)
-    plt.close(fig)
 
 
 def write(results: Dict[str, dict], out: Path) -> None:
@@ -258,7 +259,11 @@ def parse_args(args: Optional[list]) -> argparse.Namespace:
                         help='attention of each head, not their mean')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available()
                         else 'cpu')
-    return parser.parse_args(args)
+    args = parser.parse_args(args)
+    if args.labels and len(args.labels) != 1 + bool(args.compare):
+        parser.error(f'--labels {" ".join(args.labels)}: expected one for each of '
+                     f'the {1 + bool(args.compare)} models')
+    return args
 
 
 def main(args: Optional[list] = None) -> None:
@@ -272,7 +277,7 @@ def main(args: Optional[list] = None) -> None:
         models.append(tuple(args.compare))
     labels = args.labels or [Path(config).stem for config, _ in models]
     if len(set(labels)) < len(models):
-        labels = [f'{label} ({i})' for i, label in enumerate(labels[:2], 1)]
+        labels = [f'{label} ({i})' for i, label in enumerate(labels, 1)]
     results, looks = {}, {}
     for label, (config, checkpoint) in zip(labels, models):
         model = build(config, checkpoint, args.device)

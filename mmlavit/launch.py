@@ -31,8 +31,8 @@ def main(task: str) -> None:
         task (str): 'train' or 'test'.
     """
     argv = sys.argv[1:]
-    path = next((arg for arg in argv
-                 if arg.endswith(CONFIG_SUFFIXES) and '=' not in arg), None)
+    path = next((arg for arg in argv if arg.endswith(CONFIG_SUFFIXES)
+                 and ('=' not in arg or Path(arg).is_file())), None)
     if path is None:
         print(f'usage: python {sys.argv[0]} CONFIG '
               f'{"CHECKPOINT " if task == "test" else ""}[OPTIONS]\n'
@@ -103,6 +103,8 @@ def translate_for_mmseg(argv: List[str]) -> List[str]:
     parser.add_argument('--resume', nargs='?', const='auto')
     parser.add_argument('--auto-scale-lr', action='store_true')
     args, argv = parser.parse_known_args(argv)
+    if args.resume and args.resume.endswith(CONFIG_SUFFIXES):
+        argv, args.resume = [args.resume, *argv], 'auto'  # no checkpoint: CONFIG
     if args.resume:
         argv = [*argv, '--resume']
         if args.resume != 'auto':

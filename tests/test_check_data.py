@@ -17,6 +17,7 @@ DIGITS = tuple('0123456789')
 
 @pytest.fixture(scope='module')
 def digits(tmp_path_factory) -> Path:
+    """Two images of each class, so that a walk takes no time."""
     out = tmp_path_factory.mktemp('data') / 'digits'
     subprocess.run(
         [sys.executable, ROOT / 'tools/make_digits.py', out, '--train', '8',
@@ -76,6 +77,28 @@ def check(tmp_path, capsys):
         return info.value.code, capsys.readouterr().out
 
     return run
+
+
+@pytest.fixture
+def wrapped(digits) -> Config:
+    """Detection data within a wrapper that has a pipeline of its own."""
+    config = make_config('mmdet', digits)
+    inner = config.train_dataloader.dataset
+    *inner.pipeline, pack = inner.pipeline
+    config.train_dataloader.dataset = dict(
+        type='MultiImageMixDataset', dataset=inner,
+        pipeline=[dict(type='Mosaic', img_scale=(160, 160)), pack])
+    return config
+
+
+def test_wrappers_are_tried_too(wrapped, check):
+    code, report = check(wrapped, '--splits', 'train')
+    assert code == 0, report
+    wrapped.train_dataloader.dataset.pipeline[0].img_scale = 160
+    code, report = check(wrapped, '--splits', 'train')
+    assert code == 1
+    assert 'ERROR: data set wrapper that fails: 1\n' in report
+    assert 'MultiImageMixDataset: ' in report
 
 
 def edit_json(root: Path, edit) -> None:

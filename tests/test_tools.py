@@ -12,7 +12,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import torch
 from mmengine.config import Config
 
 from mmlavit import launch
@@ -32,14 +31,6 @@ def run(*command, check=True, **env) -> str:
         timeout=300)
     assert not check or result.returncode == 0, result.stdout[-4000:]
     return result.stdout
-
-
-@pytest.fixture(scope='session')
-def digits(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp('data') / 'digits'
-    run(sys.executable, 'tools/make_digits.py', out, '--train', '8', '--val',
-        '4')
-    return out
 
 
 def test_digits_boxes_and_masks_agree(digits):
@@ -93,8 +84,12 @@ def test_digits_are_reproducible_and_nothing_else_is_overwritten(
         assert (again / name).read_bytes() == (digits / name).read_bytes()
     assert 'already there' in run(sys.executable, *args, again)
 
-    (tmp_path / 'mine').mkdir()
-    (tmp_path / 'mine/file').write_text('x')
+    for name in ('mine', 'again.part'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'file').write_text('x')
+    run(sys.executable, *args, '--seed', '1', again)
+    assert (tmp_path / 'again.part/file').read_text() == 'x'
+    assert sorted(os.listdir(tmp_path)) == ['again', 'again.part', 'mine']
     assert 'name another folder' in run(
         sys.executable, *args, tmp_path / 'mine', check=False)
     assert (tmp_path / 'mine/file').read_text() == 'x'
@@ -125,6 +120,17 @@ def test_the_toolboxes_scripts_know_the_common_arguments(scope, task):
         if scope != 'mmseg':
             common.add('--auto-scale-lr')
     assert common <= known
+
+
+def test_config_is_found_behind_resume_and_below_odd_folders(tmp_path):
+    argv = ['--work-dir', 'x', '--resume', 'a.py']
+    assert launch.translate_for_mmseg(argv) == ['a.py', '--work-dir', 'x',
+                                                '--resume']
+    config = tmp_path / 'lr=1e-4' / 'x.py'
+    config.parent.mkdir()
+    config.write_text("default_scope = 'none'")
+    assert "default_scope='none'" in run(
+        sys.executable, 'tools/train.py', config, check=False)
 
 
 def test_wrong_configs_are_named(tmp_path):

@@ -5,9 +5,9 @@
 For any config of mmdetection, mmsegmentation or mmpretrain. Builds each data set as
 the runner would, loads its annotations, runs its pipeline on every item, and looks
 at what is wrong and what is silently left out: missing and broken files, boxes and
-labels that cannot be right, class names that the annotations do not have (with
-which mmdetection trains without a word to an AP of 0), heads for another number of
-classes. It goes on after an error, counts every problem, names the first examples
+labels that cannot be right, class names that the annotations do not have (whose boxes
+mmdetection drops without a word, numbering the other classes anew), heads for another
+number of classes. It goes on after an error, counts every problem, names the first examples
 and prints how often each class occurs.
 
 Ends with exit code 1 if there are errors: training would stop, or learn something
@@ -38,6 +38,7 @@ from tqdm import tqdm
 import mmlavit  # noqa: F401  (registers what a config may name)
 
 SPLITS = ('train', 'val', 'test')
+WRAPPED_ITEMS = 8  # taken through a wrapper's own pipeline
 SHOWN_CLASSES = 40  # of more, the most and the least frequent
 Findings = Dict[str, List[str]]  # 'ERROR: problem' or 'WARNING: problem': where
 Image.MAX_IMAGE_PIXELS = None  # a large image is no attack here
@@ -51,6 +52,18 @@ def leaves(cfg: dict) -> Iterator[dict]:
     else:
         for each in [inner] if isinstance(inner, dict) else inner:
             yield from leaves(each)
+
+
+def check_wrapper(cfg: dict, findings: Findings) -> None:
+    """Takes some items through a wrapper, which may have a pipeline of its own."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            dataset = DATASETS.build(cfg)
+        for i in np.linspace(0, len(dataset) - 1, WRAPPED_ITEMS, dtype=int):
+            dataset[int(i)]
+    except Exception as error:  # whatever a data set or transform may raise
+        findings['ERROR: data set wrapper that fails'].append(
+            f"{cfg.get('type')}: {type(error).__name__}: {error}")
 
 
 def stated_classes(cfg, path: str = 'model') -> Iterator[Tuple[str, int]]:
@@ -330,6 +343,9 @@ def main(args: Optional[list] = None) -> None:
             if classes and tuple(classes) != tuple(first):
                 findings['ERROR: other classes than the data set before'].append(
                     f'{tuple(classes)}, not {tuple(first)}')
+        if 'type' in dataset and [dataset] != list(leaves(dataset)) and (
+                'ERROR: data set that cannot be loaded' not in findings):
+            check_wrapper(dataset, findings)
         for kind, where in sorted(findings.items()):
             if where:
                 kinds.append(kind)

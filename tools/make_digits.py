@@ -17,6 +17,7 @@ import argparse
 import json
 import shutil
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -183,16 +184,18 @@ def main() -> None:
         sys.exit(f'{args.out} holds something else: name another folder.')
 
     # Beside the target, so that a cut-off run leaves no half data set there.
-    part = args.out.with_name(args.out.name + '.part')
-    shutil.rmtree(part, ignore_errors=True)
-    rng = np.random.default_rng(args.seed)
-    scans = split_digits(rng)
-    for split in SPLITS:
-        write_split(part, split, getattr(args, split), *scans[split], args, rng)
-    (part / stamp.name).write_text(json.dumps(settings))
-    shutil.rmtree(args.out, ignore_errors=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    part.rename(args.out)
+    with tempfile.TemporaryDirectory('.part', f'{args.out.name}.',
+                                     args.out.parent) as folder:
+        part = Path(folder) / args.out.name
+        rng = np.random.default_rng(args.seed)
+        scans = split_digits(rng)
+        for split in SPLITS:
+            write_split(part, split, getattr(args, split), *scans[split], args,
+                        rng)
+        (part / stamp.name).write_text(json.dumps(settings))
+        shutil.rmtree(args.out, ignore_errors=True)
+        part.rename(args.out)
     print(f'Wrote {args.out}: {args.train} + {args.val} images.')
 
 

@@ -35,6 +35,11 @@ class BuildWithMim(build_py):
                 shutil.copy(source, target)
 
 
+def requirements(name):
+    lines = (ROOT / 'requirements' / name).read_text().splitlines()
+    return [line for line in lines if line and not line.startswith('#')]
+
+
 version = {}
 exec((ROOT / 'mmlavit' / 'version.py').read_text(), version)
 
@@ -54,8 +59,8 @@ setup(
     # mmlavit checks what it finds when it is imported.
     install_requires=[],
     extras_require={
-        'tools': ['matplotlib', 'pyyaml', 'scikit-learn', 'tqdm'],
-        'tests': ['hypothesis', 'pytest', 'pytest-xdist', 'timm'],
+        'tools': requirements('tools.txt'),
+        'tests': requirements('tests.txt'),
     },
     cmdclass={'build_py': BuildWithMim},
     zip_safe=False,

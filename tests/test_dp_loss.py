@@ -277,8 +277,9 @@ def test_a_loss_that_reaches_no_training_is_said():
             model(x)
 
 
-def test_parts_of_a_model_may_be_taken_away():
-    model = Model(dp_loss=dict())
+@pytest.mark.parametrize('dp_loss', [None, dict()])
+def test_parts_of_a_model_may_be_taken_away(dp_loss):
+    model = Model(dp_loss=dp_loss)
     for remove in (lambda: setattr(model, 'backbone', None),
                    lambda: model.add_module('neck', None),
                    lambda: model.register_module('neck', None)):

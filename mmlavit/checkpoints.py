@@ -292,17 +292,16 @@ class CheckpointHook(mmengine.hooks.CheckpointHook):
         except RuntimeError as error:
             report = str(error)
         own = model.state_dict()
-        fit = [
-            key for key in (re.sub(r'^module\.', '', key) for key in weights)
-            if key in own
-        ]
+        fit = [key for name, value in weights.items()
+               if (key := re.sub(r'^module\.', '', name)) in own
+               and own[key].shape == getattr(value, 'shape', None)]
         begins = isinstance(runner._train_loop, BaseLoop) and not runner._resume
         if fit if begins else 'missing keys' not in report and \
                 'size mismatch' not in report:
             return  # the runner warns of the differences
         raise ValueError(
             f'{name}: is not of this model: {len(fit)} of its {len(weights)} '
-            f'weights are among the model\'s {len(own)}; {shorten(report)}')
+            f'weights fit the model\'s {len(own)}; {shorten(report)}')
 
 
 def shorten(report: str) -> str:

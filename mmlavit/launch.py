@@ -42,6 +42,8 @@ def main(task: str) -> None:
     parser.add_argument('--launcher')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
     args, _ = parser.parse_known_args(argv)
+    if not Path(path).is_file():
+        sys.exit(f'{path}: no such config')
     config = Config.fromfile(path)
     config.merge_from_dict(args.cfg_options or {})
     scope = config.get('default_scope')

@@ -98,3 +98,14 @@ def test_missing_data_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         tool['main'](['config.py', str(tmp_path)])
     assert 'expected a folder with train/CLASS' in capsys.readouterr().err
+    (tmp_path / 'train').mkdir()
+    with pytest.raises(SystemExit):
+        tool['main'](['config.py', str(tmp_path)])
+    assert 'expected one a class' in capsys.readouterr().err
+    (tmp_path / 'train/cat').mkdir()
+    for config, message in (
+            ('no.py', 'no such config'),
+            (ROOT / 'configs/retinanet_lavit_t_coco.py', "a classifier's config")):
+        with pytest.raises(SystemExit):
+            tool['main']([str(config), str(tmp_path)])
+        assert message in capsys.readouterr().err

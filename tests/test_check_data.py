@@ -101,6 +101,17 @@ def test_wrappers_are_tried_too(wrapped, check):
     assert 'MultiImageMixDataset: ' in report
 
 
+def test_masks_from_zero_with_reduce_zero_label_are_noticed(digits, check):
+    """Digits' masks number none of 11 classes from 0; the last one is missing then."""
+    config = make_config('mmseg', digits)
+    for split in (config.train_dataloader, config.val_dataloader):
+        split.dataset.reduce_zero_label = True
+        split.dataset.pipeline[1].reduce_zero_label = True
+    code, report = check(config, '--splits', 'train')
+    assert code == 0
+    assert 'the last class never occurs: 1\n' in report and "'9': if" in report
+
+
 def edit_json(root: Path, edit) -> None:
     path = root / 'annotations/train.json'
     data = json.loads(path.read_text())

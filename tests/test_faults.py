@@ -284,7 +284,7 @@ def test_a_test_with_weights_of_another_toolbox_stops(digits, trained,
 
 @pytest.mark.parametrize('options, named', [
     (dict(resume=True), '198 missing keys in source state_dict: backbone.stages'),
-    (dict(), '0 of its 2 weights are among'),
+    (dict(), '0 of its 2 weights fit the model'),
 ])
 def test_training_goes_on_with_nothing_else(options, named, digits, tmp_path):
     path = str(tmp_path / 'x.pth')

@@ -99,6 +99,11 @@ def test_lines_that_a_kill_cut_off_are_left_out(tmp_path):
     assert read_scalars(tmp_path) == [dict(a=1), dict(a=3)]
 
 
+def test_rows_that_are_not_there_are_an_error():
+    with pytest.raises(SystemExit, match='--only nothing: expected a part of a name'):
+        tables['main'](['all', '--only', 'nothing'])
+
+
 def test_results_need_a_name(capsys):
     with pytest.raises(SystemExit):
         tables['parse_args'](['detection', '--result', 'x.json'])

@@ -122,6 +122,22 @@ def test_the_toolboxes_scripts_know_the_common_arguments(scope, task):
     assert common <= known
 
 
+@pytest.mark.parametrize('command, message', [
+    (('tools/dist_train.sh', 'x.py', '--work-dir', 'y'),
+     '--work-dir: expected a number of GPUs'),
+    (('tools/dist_train.sh', 'x.py', '1'), 'no such config'),
+    (('tools/dist_test.sh', 'x.py', 'x.pth', '1'), 'no such config')])
+def test_shell_tools_name_what_is_wrong(command, message, free_port):
+    assert message in run('bash', *command, check=False, PORT=str(free_port))
+
+
+def test_shell_tools_ask_for_the_environment(tmp_path):
+    (tmp_path / 'python').symlink_to(shutil.which('false'))
+    assert 'source .venv/bin/activate' in run(
+        'bash', 'tools/dist_train.sh', 'x.py', '1', check=False,
+        PATH=f'{tmp_path}:{os.environ["PATH"]}')
+
+
 def test_config_is_found_behind_resume_and_below_odd_folders(tmp_path):
     argv = ['--work-dir', 'x', '--resume', 'a.py']
     assert launch.translate_for_mmseg(argv) == ['a.py', '--work-dir', 'x',

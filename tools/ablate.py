@@ -307,6 +307,13 @@ def parse_args(args: Optional[list]) -> argparse.Namespace:
     if not (args.data / 'train').is_dir():
         parser.error(f'{args.data}: expected a folder with train/CLASS/* and '
                      'val/CLASS/* or test/CLASS/*')
+    if not any(path.is_dir() for path in (args.data / 'train').iterdir()):
+        parser.error(f'{args.data}/train: no folders in it, expected one a class')
+    if not Path(args.config).is_file():
+        parser.error(f'{args.config}: no such config')
+    if Config.fromfile(args.config).get('default_scope') != 'mmpretrain':
+        parser.error(f'{args.config}: expected a classifier\'s config '
+                     "(default_scope='mmpretrain')")
     return args
 
 

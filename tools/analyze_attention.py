@@ -50,7 +50,9 @@ def build(config: str, checkpoint: str, device: str) -> nn.Module:
     model.init_weights()
     if checkpoint != 'none':
         try:
-            loaded = load_checkpoint(model, checkpoint, map_location='cpu')
+            # Quiet: of a whole model, only the backbone is looked at.
+            loaded = load_checkpoint(model, checkpoint, map_location='cpu',
+                                     logger=logging.getLogger('quiet'))
         except (FileNotFoundError, ValueError) as error:
             raise SystemExit(f'{checkpoint}: {error}')
         if not model.backbone.state_dict(prefix='backbone.').keys() & (
@@ -196,7 +198,7 @@ def plot_attention(looks: Dict[str, tuple], file: Path, points: List[tuple],
                 ax.plot(point[0] * size[1], point[1] * size[0], '+',
                         color='cyan', ms=8, mew=1.5)
     fig.tight_layout(pad=.3)
-    fig.savefig(out, dpi=75)
+    fig.savefig(out, dpi=75, bbox_inches='tight')
 
 
 def plot_features(looks: Dict[str, tuple], file: Path, size: tuple,
@@ -271,6 +273,7 @@ def main(args: Optional[list] = None) -> None:
     # Detectors pad to that; so that pictures and maps are of the same area.
     args.size = tuple(-(-side // 32) * 32 for side in args.size)
     logging.disable(logging.INFO)
+    logging.getLogger('quiet').setLevel(logging.CRITICAL)
     files = find_images(args.images, args.max_images)
     models = [(args.config, args.checkpoint)]
     if args.compare:

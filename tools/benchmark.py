@@ -314,7 +314,7 @@ def table(results: Dict[str, dict]) -> str:
     return '\n'.join(lines)
 
 
-def plot(results: Dict[str, Dict[str, dict]], path: Path) -> None:
+def plot(results: Dict[str, Dict[str, dict]], title: str, path: Path) -> None:
     """Bars at one size; time and memory against pixels at several."""
     names = list(dict.fromkeys(itertools.chain(*results.values())))
     if len(results) == 1:
@@ -339,6 +339,7 @@ def plot(results: Dict[str, Dict[str, dict]], path: Path) -> None:
             ax.set_ylabel(key)
             ax.grid(alpha=.3, which='both')
         axes[0].legend()
+    fig.suptitle(title, fontsize=9)
     fig.tight_layout()
     fig.savefig(path, dpi=90)
 
@@ -389,9 +390,10 @@ def main(args: Optional[list] = None) -> None:
     logging.disable(logging.WARNING)
     device = (torch.cuda.get_device_name() if args.device == 'cuda' else
               f'{torch.get_num_threads()} CPU threads ({platform.machine()})')
-    print(f'{device}, torch {torch.__version__}, batch {args.batch_size}, '
-          f'{args.dtype}, {"training step" if args.train else "inference"}'
-          f'{", compiled" if args.compile else ""}')
+    title = (f'{device}, torch {torch.__version__}, batch {args.batch_size}, '
+             f'{args.dtype}, {"training step" if args.train else "inference"}'
+             f'{", compiled" if args.compile else ""}')
+    print(title)
     sizes = [(s, s) for s in SIDES] if args.scaling else [tuple(args.size)]
     results = {}
     for size in sizes:
@@ -410,7 +412,8 @@ def main(args: Optional[list] = None) -> None:
     (args.out / 'benchmark.json').write_text(json.dumps(
         dict(device=device, torch=torch.__version__, options=options,
              results=results), indent=1) + '\n')
-    plot(results, args.out / 'benchmark.png')
+    plot(results, title if args.scaling else f'{next(iter(results))}, {title}',
+         args.out / 'benchmark.png')
     print(f'\nwritten to {args.out}')
 
 

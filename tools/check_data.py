@@ -286,13 +286,20 @@ def check_dataset(cfg: dict, heads: List[Tuple[str, int]], split: str,
             str(name) for label, name in enumerate(names) if not total[label]]
         if not total:
             findings['ERROR: data set without any annotation'].append(split)
+        if getattr(dataset, 'reduce_zero_label', False) and classes and (
+                not total[len(classes) - 1]):
+            findings['WARNING: reduce_zero_label=True, which ignores label 0 and moves '
+                     'the others down, and the last class never occurs'].append(
+                f'{classes[-1]!r}: if the masks number the classes from 0, every class '
+                'has the name of another: set it to False, here and in LoadAnnotations')
         show_balance(names, images, total)
     return classes
 
 
 def show_balance(names: Sequence, images: Counter, total: Counter) -> None:
     """Prints a table: how often each class occurs, in how many images."""
-    print('| class | images | annotations or pixels | share |\n'
+    print('| class, as training numbers them | images | annotations or pixels | '
+          'share |\n'
           '|---|---|---|---|')
     rows = [f'| {name} | {images[label]} | {total[label]} '
             f'| {total[label] / max(sum(total.values()), 1):.2%} |'
@@ -323,10 +330,13 @@ def parse_args(args: Optional[list]) -> argparse.Namespace:
 def main(args: Optional[list] = None) -> None:
     args = parse_args(args)
     logging.getLogger('mmengine').setLevel(logging.ERROR)
+    if not args.config.is_file():
+        sys.exit(f'{args.config}: no such config')
     config = Config.fromfile(args.config)
     config.merge_from_dict(args.cfg_options or {})
     init_default_scope(config.get('default_scope', 'mmengine'))
-    heads = list(stated_classes(config.get('model', {})))
+    heads = [place for key in ('model', 'data_preprocessor')  # mmpretrain's mixup
+             for place in stated_classes(config.get(key, {}), key)]
     checked, first, kinds = [], (), []
     for split in args.splits:
         dataset = (config.get(f'{split}_dataloader') or {}).get('dataset')

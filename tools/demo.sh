@@ -9,6 +9,14 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 export PATH="$PWD/$VENV/bin:$PATH"
 
+mkdir -p work_dirs
+exec 9>work_dirs/demo.lock  # also held by what the demo starts
+flock -n 9 || {
+    echo "Another demo is running here, or its training still is (ps x | grep work_dirs/demo)." >&2
+    echo 'Wait for it or end it, and run the same command again.' >&2
+    exit 1
+}
+
 CONFIG=configs/retinanet_lavit_digits.py
 WORK_DIR=work_dirs/demo
 PORT=${PORT:-$((20000 + RANDOM % 20000))}

@@ -2,6 +2,11 @@
 
 launch() {  # script, processes, the script's arguments
     local script=$1 processes=$2
+    [[ $processes =~ ^[0-9]+$ ]] || { echo "$processes: expected a number of GPUs or CPU processes" >&2; exit 2; }
+    python -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("torch") and u.find_spec("mmlavit")))' || {
+        echo "$(command -v python) has no torch or no mmlavit: source .venv/bin/activate, which bash tools/setup_env.sh makes" >&2
+        exit 1
+    }
     # Without GPUs the processes share the cores.
     if [ "${CUDA_VISIBLE_DEVICES-all}" = '' ] || ! nvidia-smi -L >/dev/null 2>&1; then
         local cores; cores=$(nproc)

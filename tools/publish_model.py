@@ -68,7 +68,8 @@ def validation_of(checkpoint: Path, meta: dict) -> dict:
     step = meta.get('epoch') or meta.get('iter')
     found = [values for values in read_scalars(checkpoint.parent)
              if 'loss' not in values and values.get('step') == step]
-    return found[-1] if found else {}
+    return {key: value for key, value in (found[-1] if found else {}).items()
+            if key not in ('time', 'data_time')}
 
 
 def main(args: Optional[list] = None) -> None:

@@ -283,6 +283,7 @@ def main(args: Optional[list] = None) -> None:
         {config: Path(file) for config, file in
          (item.split('=', 1) for item in items)}
         for items in (args.result, args.result_ms))
+    found = False
     for name in TABLES if args.table == 'all' else [args.table]:
         table, trainings = TABLES[name], {}
         rows = [row for row in published.get(name, [])
@@ -290,6 +291,7 @@ def main(args: Optional[list] = None) -> None:
         if not rows:
             print(f'{name}: no row with {args.only!r}')
             continue
+        found = True
         trainable = [row for row in rows if 'config' in row]
 
         def look():
@@ -308,6 +310,8 @@ def main(args: Optional[list] = None) -> None:
         cells = make_rows(table, rows, trainings)
         print(write(name, cells, agreement(table, rows), args.out))
         print(f'\nwritten to {args.out}/{name}.md and .csv\n')
+    if not found:
+        sys.exit(f'--only {args.only}: expected a part of a name such as LaViT-S')
 
 
 if __name__ == '__main__':

@@ -131,8 +131,8 @@ def load_from_url(url: str, model_dir: Optional[str] = None, map_location=None,
                   progress: bool = True) -> dict:
     """Downloads as torch.hub does, once, and loads that as a local checkpoint.
 
-    torch.hub's own loader would run code. What it loads is not of mmengine alone:
-    ``torchvision://`` and ``open-mmlab://`` come here too.
+    In place of torch.hub's own loader, which mmengine lets run code; for its
+    ``torchvision://`` and ``open-mmlab://`` too.
 
     Raises:
         ValueError: As `load_from_local`.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained and tested detector, with pictures:
 #
-#   bash tools/demo.sh            about 7 minutes on 2 CPU cores after set-up
+#   bash tools/demo.sh            6 to 11 minutes on 2 CPU cores after set-up
 #   bash tools/demo.sh --short    about 2 minutes: a few iterations, save, resume, test
 #
 # Safe to run again: it goes on where it was cut off.
@@ -53,7 +53,7 @@ made_by=$(cat mmlavit/*.py configs/retinanet*.py data/digits/dataset.json | cksu
 mkdir -p "$WORK_DIR"
 echo "$made_by" > "$WORK_DIR/made_by"
 
-title "Training: $CONFIG (6 minutes on 2 CPU cores)"
+title "Training: $CONFIG (6 to 10 minutes on 2 CPU cores)"
 train
 title 'Testing the checkpoint'
 test_last

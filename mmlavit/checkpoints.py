@@ -20,6 +20,7 @@ import mmengine.hooks
 import mmengine.runner.checkpoint
 import numpy as np
 import torch
+from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import HistoryBuffer
 from mmengine.model import is_model_wrapper
@@ -256,7 +257,8 @@ class CheckpointHook(mmengine.hooks.CheckpointHook):
 
     def _save_checkpoint_with_step(self, runner, step: int, meta: dict) -> None:
         super()._save_checkpoint_with_step(runner, step, meta)
-        if self.read_back or not os.path.isfile(self.last_ckpt):
+        if (self.read_back or not is_main_process()
+                or not os.path.isfile(self.last_ckpt)):
             return
         self.read_back = True
         try:

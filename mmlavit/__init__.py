@@ -1,15 +1,13 @@
 """LaViT backbone for mmdetection, mmsegmentation and mmpretrain.
 
 Importing this package, or naming it in a config's ``custom_imports``, registers
-``type='LaViT'`` in all three.
+``type='LaViT'`` in all three; what else it does is in `mmlavit.engine.install`.
 """
-from . import environment  # isort: skip  (first: says what is missing)
-from . import checkpoints, invalid_loss, optim
-from .complexity import register_flop_handles
-from .dp_loss import DiagonalityPreservingLoss
-from .lavit import LaViT
-from .version import __version__
+from .engine import install
 
-register_flop_handles()
+install()
+
+from .models import DiagonalityPreservingLoss, LaViT  # noqa: E402
+from .version import __version__  # noqa: E402
 
 __all__ = ['DiagonalityPreservingLoss', 'LaViT', '__version__']

@@ -1,6 +1,6 @@
 """Checks of constructor arguments: the error names argument, value and remedy."""
 from numbers import Integral, Real
-from typing import Callable, Optional, Sequence, Tuple
+from typing import Optional, Sequence, Tuple
 
 
 def require(ok: bool, name: str, value, expected: str) -> None:
@@ -18,14 +18,15 @@ def require_type(ok: bool, name: str, value, expected: str) -> None:
 def require_number(name: str,
                    value: float,
                    least: float,
-                   below: float = float('inf')) -> None:
-    """Raises unless ``value`` is a number, ``least <= value < below``."""
+                   below: float = float('inf')) -> float:
+    """The number; raises unless ``least <= value < below``."""
     expected = f'a number of at least {least}' + (
         '' if below == float('inf') else f' and below {below}')
     require_type(
         isinstance(value, Real) and not isinstance(value, bool), name, value,
         expected)
     require(least <= value < below, name, value, expected)  # and no NaN
+    return value
 
 
 def require_int(name: str,
@@ -54,15 +55,17 @@ def require_ints(name: str,
     return tuple(require_int(name, value, least, most) for value in values)
 
 
-def require_bool(name: str, value: bool) -> None:
-    """Raises unless ``value`` is True or False."""
+def require_bool(name: str, value: bool) -> bool:
+    """The value; raises unless it is True or False."""
     require_type(isinstance(value, bool), name, value, 'True or False')
+    return value
 
 
-def require_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raises unless ``value`` is one of the names."""
+def require_choice(name: str, value: str, choices: Sequence[str]) -> str:
+    """The value; raises unless it is one of the names."""
     require_type(isinstance(value, str), name, value, f'one of {choices}')
     require(value in choices, name, value, f'one of {choices}')
+    return value
 
 
 def require_keys(name: str, value: dict, needed: Sequence[str],
@@ -77,18 +80,3 @@ def require_keys(name: str, value: dict, needed: Sequence[str],
         not missing and not unknown, name, value,
         f'a dict with the keys {sorted(known)}; missing: {missing}, '
         f'unknown: {unknown}')
-
-
-def require_layer(name: str, cfg: dict, expected: str,
-                  trial: Callable[[], bool]) -> None:
-    """Raises unless ``cfg`` is a layer's config, by which ``trial`` works.
-
-    A trial, for the registries hold more layers than a list here could name.
-    """
-    expected = f'a dict with the type of {expected}'
-    require_type(isinstance(cfg, dict), name, cfg, expected)
-    try:
-        ok, why = trial(), 'another shape comes out'
-    except Exception as error:  # whatever the layer may raise
-        ok, why = False, error
-    require(ok, name, cfg, f'{expected}; tried: {why}')

@@ -16,7 +16,14 @@ REMEDY = dict(
     mmengine='pip install mmengine==0.10.7',
     mmcv='pip install --no-build-isolation --no-deps mmcv==2.1.0, which '
     'compiles its ops and needs torch, "setuptools<82", wheel, ninja and psutil '
-    'installed before')
+    'installed before; for classification alone pip install mmcv-lite==2.1.0, '
+    'which has no ops')
+
+
+def install() -> None:
+    """Checks the libraries; lets ``mmseg::`` bases load from the OneDL fork."""
+    check()
+    find_forks()
 
 
 def check() -> None:
@@ -41,12 +48,13 @@ def check() -> None:
     try:
         importlib.import_module('mmcv._ext')
     except ImportError as error:
-        # Not an error: mmpretrain does without.
-        warnings.warn(
-            f'mmcv {library.__version__} is installed without usable ops '
-            f'({error}): mmdet and most of mmseg will not import. '
-            f'{REMEDY["mmcv"]}; if pip takes a wheel from its cache, add '
-            '--no-cache-dir --force-reinstall')
+        # Not an error: mmpretrain does without, and mmcv-lite is meant to.
+        if not _is_installed('mmcv-lite'):
+            warnings.warn(
+                f'mmcv {library.__version__} is installed without usable ops '
+                f'({error}): mmdet and most of mmseg will not import. '
+                f'{REMEDY["mmcv"]}; if pip takes a wheel from its cache, add '
+                '--no-cache-dir --force-reinstall')
 
 
 def find_forks() -> None:
@@ -55,16 +63,18 @@ def find_forks() -> None:
     OneDL's mmengine, too, looks for it under the name of OpenMMLab's distribution.
     """
     from mmengine.config.utils import MODULE2PACKAGE
+    if (not _is_installed(MODULE2PACKAGE['mmseg'])
+            and importlib.util.find_spec('mmseg')):
+        MODULE2PACKAGE['mmseg'] = 'mmseg'
+
+
+def _is_installed(distribution: str) -> bool:
     try:
-        importlib.metadata.distribution(MODULE2PACKAGE['mmseg'])
+        importlib.metadata.distribution(distribution)
     except importlib.metadata.PackageNotFoundError:
-        if importlib.util.find_spec('mmseg'):
-            MODULE2PACKAGE['mmseg'] = 'mmseg'
+        return False
+    return True
 
 
 def _parse(version: str) -> list:
     return [int(number) for number in re.findall(r'\d+', version)[:3]]
-
-
-check()
-find_forks()

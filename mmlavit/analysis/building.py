@@ -1,0 +1,60 @@
+"""Builds the model of a config of any of the three toolboxes, for the tools."""
+import copy
+import logging
+
+import torch
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import load_checkpoint
+from torch import nn
+
+
+def build_model(config: Config) -> nn.Module:
+    """The model that mmengine's runner would build, without its pre-training.
+
+    Args:
+        config (Config): A config; it is left as it is.
+
+    Returns:
+        nn.Module: The model, not yet initialised; SyncBN is plain BN, for it has no
+        CPU kernel.
+    """
+    init_default_scope(config.default_scope)
+    model = copy.deepcopy(config.model)
+    if 'backbone' in model:
+        model.backbone.pop('init_cfg', None)
+    if 'data_preprocessor' in config:
+        model.setdefault('data_preprocessor', config.data_preprocessor)
+    return revert_sync_batchnorm(MODELS.build(model))
+
+
+def load_model(config: str, checkpoint: str, device: str) -> nn.Module:
+    """The model of a config, of which the backbone is to be looked at, in eval mode.
+
+    Args:
+        config (str): Path of the config.
+        checkpoint (str): Path of a checkpoint that has at least the backbone's
+            weights, or 'none': the initial weights that seed 0 gives.
+        device (str): Such as 'cpu' or 'cuda'.
+
+    Raises:
+        FileNotFoundError, ValueError: If the checkpoint does not fit.
+    """
+    torch.manual_seed(0)
+    model = build_model(Config.fromfile(config))
+    model.init_weights()
+    if checkpoint != 'none':
+        # Quiet: of a whole model, only the backbone is looked at.
+        quiet = logging.getLogger('quiet')
+        quiet.setLevel(logging.CRITICAL)
+        try:
+            loaded = load_checkpoint(model, checkpoint, map_location='cpu',
+                                     logger=quiet)
+        except ValueError as error:
+            raise ValueError(f'{checkpoint}: {error}') from None
+        if not model.backbone.state_dict(prefix='backbone.').keys() & (
+                loaded.get('state_dict', loaded).keys()):
+            raise ValueError(f'{checkpoint}: none of its weights are of the '
+                             f'backbone of {config}')
+    return model.eval().to(device)

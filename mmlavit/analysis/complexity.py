@@ -1,0 +1,26 @@
+"""Multiply-adds of a model, by mmengine's counter."""
+import warnings
+from typing import Tuple
+
+import torch
+from mmengine.analysis import get_model_complexity_info
+from torch import nn
+
+
+def count_macs(model: nn.Module, size: Tuple[int, int]) -> float:
+    """Multiply-adds for one image, attention products included, in eval mode.
+
+    Args:
+        model (nn.Module): A backbone, or a whole model of the toolboxes.
+        size (tuple[int, int]): (H, W) of the image in pixels.
+    """
+    training = model.training
+    model.eval()  # some of the toolboxes' return nothing
+    image = torch.rand(1, 3, *size, device=next(model.parameters()).device)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter('ignore')  # the tracer's, of sizes it takes as fixed
+        flops = get_model_complexity_info(
+            model, inputs=(image, ), show_table=False,
+            show_arch=False)['flops']
+    model.train(training)
+    return flops

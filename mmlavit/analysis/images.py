@@ -1,0 +1,120 @@
+"""Image files before a model: found, prepared, and what it makes of them."""
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Sequence, Tuple
+
+import mmcv
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .measures import Similarity
+from .observe import Layer, observe_layers
+
+SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff'}
+
+
+def find_images(path: Path, limit: int) -> List[Path]:
+    """Image files of a folder and those in it, in order of their names.
+
+    Args:
+        path (Path): A folder, or a file.
+        limit (int): Of more files, so many are taken, spread evenly.
+
+    Raises:
+        FileNotFoundError: If there are none.
+    """
+    files = [path] if path.is_file() else sorted(
+        file for file in path.rglob('*') if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise FileNotFoundError(
+            f'{path}: no images there ({", ".join(sorted(SUFFIXES))})')
+    count = min(limit, len(files))
+    return [files[i * len(files) // count] for i in range(count)]
+
+
+def read_image(file: Path, size: Tuple[int, int]) -> np.ndarray:
+    """An image file as BGR bytes (H, W, 3), resized.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    try:
+        image = mmcv.imread(file)
+    except Exception:  # whatever a decoder may raise
+        image = None
+    if image is None:
+        raise ValueError(f'{file}: not a readable image')
+    return mmcv.imresize(image, size[::-1])
+
+
+def make_inputs(model: nn.Module, files: Sequence[Path],
+                size: Tuple[int, int]) -> Tensor:
+    """Files as the model's own preprocessor leaves them: (B, 3, H, W)."""
+    images = [torch.from_numpy(read_image(file, size)).permute(2, 0, 1).contiguous()
+              for file in files]
+    return model.data_preprocessor(dict(inputs=images), training=False)['inputs']
+
+
+@torch.no_grad()
+def measure_similarity(model: nn.Module, files: Sequence[Path],
+                       size: Tuple[int, int], batch_size: int) -> dict:
+    """All measures of `Similarity`, averaged over the images.
+
+    Args:
+        model (nn.Module): In eval mode, with a backbone that can be observed.
+        files (Sequence[Path]): The images.
+        size (tuple[int, int]): (H, W) they are resized to.
+        batch_size (int): Images at a time.
+    """
+    similarity = Similarity()
+    for i in tqdm(range(0, len(files), batch_size), 'images', disable=None):
+        inputs = make_inputs(model, files[i:i + batch_size], size)
+        with similarity.observe(model):
+            model.backbone(inputs)
+    return similarity.result()
+
+
+class LayerMaps(NamedTuple):
+    """Where chosen points look in one layer."""
+    name: str
+    kind: str  # 'VA', 'LA' or 'ViT'
+    maps: np.ndarray  # (points, heads, h, w)
+
+
+class ImageMaps(NamedTuple):
+    """What a model makes of one image."""
+    attention: List[LayerMaps]
+    features: List[np.ndarray]  # a stage's last tokens' magnitude (h, w)
+
+
+@torch.no_grad()
+def observe_image(model: nn.Module, file: Path,
+                  points: Sequence[Tuple[float, float]],
+                  size: Tuple[int, int]) -> ImageMaps:
+    """Attention maps of points of an image, and the stages' feature maps.
+
+    Args:
+        model (nn.Module): In eval mode, with a backbone that can be observed.
+        file (Path): The image.
+        points (Sequence[tuple[float, float]]): (x, y) as shares of width and
+            height, below 1.
+        size (tuple[int, int]): (H, W) the image is resized to.
+    """
+    attention: List[LayerMaps] = []
+    features: Dict[int, np.ndarray] = {}  # of the stages
+
+    def callback(layer: Layer) -> None:
+        height, width = layer.grids.queries
+        queries = [int(y * height) * width + int(x * width) for x, y in points]
+        # (heads, points, M) -> (points, heads, h, w)
+        maps = layer.attention_of(queries)[0].transpose(0, 1).unflatten(
+            2, layer.grids.keys)
+        attention.append(
+            LayerMaps(layer.name, layer.kind, maps.float().cpu().numpy()))
+        magnitude = layer.tokens[0].float().norm(dim=1).view(height, width)
+        features[layer.stage] = magnitude.cpu().numpy()
+
+    with observe_layers(model, callback):
+        model.backbone(make_inputs(model, [file], size))
+    return ImageMaps(attention, list(features.values()))

@@ -1,0 +1,152 @@
+"""What of a model is exported: modules from images to a tuple of tensors.
+
+Images are what the model's data preprocessor makes of them: normalised, padded.
+"""
+import copy
+from typing import List, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+PARTS = ('model', 'backbone', 'end-to-end')
+
+
+class Part(nn.Module):
+    """A part of a model.
+
+    Attributes:
+        task (str): 'backbone', 'classification', 'segmentation', 'dense detection'
+            or 'detection'; a runtime sees it in the file's metadata.
+        inputs (Sequence[str]): Names of the inputs.
+        outputs (Sequence[str]): Names of the outputs.
+    """
+    task: str
+    inputs: Sequence[str] = ('images', )
+    outputs: Sequence[str]
+
+    def example(self, batch: int, height: int, width: int) -> Tuple[Tensor, ...]:
+        """Random inputs of that size."""
+        return (torch.rand(batch, 3, height, width), )
+
+
+class BackboneMaps(Part):
+    """The maps of ``out_indices``."""
+    task = 'backbone'
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.backbone = model.backbone
+        self.outputs = [f'map{i}' for i in model.backbone.out_indices]
+
+    def example(self, batch: int, height: int, width: int) -> Tuple[Tensor, ...]:
+        return (torch.rand(batch, self.backbone.in_channels, height, width), )
+
+    def forward(self, images: Tensor) -> Tuple[Tensor, ...]:
+        return self.backbone(images)
+
+
+class ClassLogits(Part):
+    """Logits (B, classes) of a classifier."""
+    task = 'classification'
+    outputs = ['logits']
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tuple[Tensor, ...]:
+        return (self.model(images, mode='tensor'), )
+
+
+class PixelLogits(Part):
+    """Logits (B, classes, H, W) of a segmentor, at the size of the images."""
+    task = 'segmentation'
+    outputs = ['logits']
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        replace_upsampling(model)
+
+    def forward(self, images: Tensor) -> Tuple[Tensor, ...]:
+        metas = [dict(img_shape=tuple(images.shape[2:]))]
+        return (self.model.encode_decode(images, metas), )
+
+
+class DenseDetections(Part):
+    """Scores and boxes of a dense head at every anchor, as the head leaves them."""
+    task = 'dense detection'
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        levels = range(model.bbox_head.prior_generator.num_levels)
+        self.outputs = [
+            f'{kind}{i}' for kind in ('cls_score', 'bbox_pred') for i in levels
+        ]
+
+    def forward(self, images: Tensor) -> Tuple[Tensor, ...]:
+        return tuple(x for xs in self.model(images, mode='tensor') for x in xs)
+
+
+class Upsample(nn.Module):
+    """mmsegmentation's ``Upsample``, whose ``int(size * factor)`` freezes the size."""
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__()
+        self.factor = stock.scale_factor
+        self.how = dict(mode=stock.mode, align_corners=stock.align_corners)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = [side * int(self.factor) for side in x.shape[2:]]
+        return F.interpolate(x, size, **self.how)
+
+
+def replace_upsampling(model: nn.Module) -> None:
+    """Changes the modules of an mmsegmentation model that would freeze sizes."""
+    from mmseg.models.utils import Upsample as Stock
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, Stock) and not child.size:
+                if child.scale_factor != int(child.scale_factor):
+                    raise ValueError(
+                        f'export: {name} (mmseg Upsample): scale_factor='
+                        f'{child.scale_factor}: expected a whole number')
+                setattr(parent, name, Upsample(child))
+
+
+def choose_part(model: nn.Module, part: str) -> Part:
+    """A part of a copy of the model, in eval mode and without gradients.
+
+    Args:
+        model (nn.Module): A model of any of the three toolboxes; it is left as it
+            is.
+        part (str): 'model', all of it up to the head's output; 'backbone'; or
+            'end-to-end', a dense detector with decoding and NMS.
+
+    Raises:
+        ValueError: If the model has no such part.
+    """
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    for task in tasks_of(model, part):
+        return task(model).eval()
+    raise ValueError(
+        f'export: part={part!r}: {type(model).__name__} has no such part: expected '
+        "'backbone', 'model' of an image classifier, an encoder-decoder segmentor "
+        "or a single-stage detector, or 'end-to-end' of the latter")
+
+
+def tasks_of(model: nn.Module, part: str) -> List[type]:
+    """The kinds of `Part` that fit; decided by what the model can do."""
+    from .detections import Detections
+    if part == 'backbone':
+        return [BackboneMaps] * hasattr(model, 'backbone')
+    if hasattr(getattr(model, 'bbox_head', None), 'prior_generator'):
+        return [Detections if part == 'end-to-end' else DenseDetections]
+    if part == 'end-to-end':
+        return []
+    if hasattr(model, 'encode_decode'):
+        return [PixelLogits]
+    return [ClassLogits] * hasattr(model, 'head')

@@ -1,0 +1,157 @@
+"""Parts of models to programs (torch.export), and programs to ONNX."""
+import warnings
+from pathlib import Path
+from typing import Dict, Iterable, List, Optional, Tuple
+
+import torch
+from torch.export import Dim, ExportedProgram
+
+from .parts import Part
+
+OPSET = 20  # the first with Gelu
+# None of its grids' sides or areas is a usual number of channels, so that one that
+# stands in a graph is a frozen size. Tensors of this size are never computed.
+EXAMPLE = (3, 1187, 1447)
+STRIDES = (1, 4, 8, 16, 32)
+# Sides below it are axes of one element somewhere, which a graph treats otherwise.
+LEAST_SIDE = 33
+
+
+def export_program(part: Part) -> ExportedProgram:
+    """The part for any batch size, height and width.
+
+    Raises:
+        RuntimeError: If torch cannot, or not for every size; the message is torch's
+            and names the operator or the size.
+    """
+    if not hasattr(torch.compiler, 'is_exporting'):
+        raise RuntimeError(f'export: torch {torch.__version__}: expected 2.9 or later')
+    images, *others = part.example(*EXAMPLE)
+    any_size = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    shapes = (any_size, *({0: Dim.AUTO} for _ in others))
+    with torch.no_grad():
+        return torch.export.export(
+            part, (images, *others), dynamic_shapes=shapes, strict=False)
+
+
+def to_onnx(program: ExportedProgram, part: Part, path: Path,
+            metadata: Optional[Dict[str, str]] = None) -> None:
+    """Writes a program as an ONNX file of standard operators.
+
+    Args:
+        program (ExportedProgram): Of `export_program`, not used before: torch
+            refuses to convert one with NMS once it has run.
+        part (Part): What it was made of, whose names the file has.
+        path (Path): The file to write.
+        metadata (dict[str, str], optional): What to write into the file.
+
+    Raises:
+        RuntimeError: If a size is frozen; the message names the node and the size.
+    """
+    import onnx
+
+    from .translations import TRANSLATIONS
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # torch's, of its own internals
+        made = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            custom_translation_table=TRANSLATIONS,
+            input_names=list(part.inputs),
+            output_names=list(part.outputs),
+            verbose=False)
+    model = made.model_proto
+    name_sizes(model)
+    frozen = list(frozen_sizes(model))
+    if frozen:
+        raise RuntimeError('export: these nodes hold a size of the example: '
+                           + '; '.join(frozen[:5]))
+    onnx.helper.set_model_props(model, metadata or {})
+    onnx.save(model, path)
+
+
+def name_sizes(model) -> None:
+    """Names the sizes of the inputs, and of the outputs what follows from them."""
+    names = {}
+    axes = model.graph.input[0].type.tensor_type.shape.dim
+    for axis, name in zip(axes, ('batch', None, 'height', 'width')):
+        if name:
+            names[axis.dim_param] = name
+    for value in (*model.graph.input, *model.graph.output):
+        for axis in value.type.tensor_type.shape.dim:
+            for old, new in names.items():
+                if axis.dim_param:
+                    axis.dim_param = axis.dim_param.replace(old, new)
+    del model.graph.value_info[:]
+
+
+def frozen_sizes(model) -> Iterable[str]:
+    """Nodes of the graph that take a size of `EXAMPLE` as a constant."""
+    from onnx.numpy_helper import to_array
+    grids = [[-(-side // stride) for side in EXAMPLE[1:]] for stride in STRIDES]
+    sizes = {n for h, w in grids for n in (h, w, h * w)}
+    sizes = {n for n in sizes if n > LEAST_SIDE}
+    constants = {x.name: to_array(x) for x in model.graph.initializer
+                 if x.data_type == x.INT64}
+    for node in model.graph.node:
+        if node.op_type == 'Constant' and node.attribute[0].type == 4:
+            constants[node.output[0]] = to_array(node.attribute[0].t)
+    for node in model.graph.node:
+        for name in node.input:
+            values = constants[name].ravel().tolist() if name in constants else ()
+            for size in sizes.intersection(values):
+                yield f'{node.op_type} {node.name!r}: {size}'
+
+
+def halve_weights(path: Path) -> None:
+    """Stores the large tensors of an ONNX file in float16, in half the space.
+
+    They are cast where they are used: runtimes compute in float32 still.
+
+    Raises:
+        ValueError: If a weight is too large for float16.
+    """
+    import numpy as np
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+    model = onnx.load(path)
+    casts = []
+    for weight in model.graph.initializer:
+        values = numpy_helper.to_array(weight)
+        if weight.data_type != TensorProto.FLOAT or values.size < 1000:
+            continue  # small ones, as anchors, would lose and not save
+        if np.abs(values).max() > np.finfo(np.float16).max:
+            raise ValueError(f'export: half: {weight.name}: values up to '
+                             f'{np.abs(values).max():.3g} are too large for float16')
+        name, stored = weight.name, f'{weight.name}_half'
+        weight.CopyFrom(numpy_helper.from_array(values.astype(np.float16), stored))
+        casts.append(helper.make_node('Cast', [stored], [name], f'{name}_cast',
+                                      to=TensorProto.FLOAT))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, path)
+
+
+def to_pt2(program: ExportedProgram, path: Path) -> None:
+    """Writes a program as a file for ``torch.export.load``."""
+    torch.export.save(program, path)
+
+
+def count_operators(path: Path) -> List[Tuple[str, int]]:
+    """The operators of an ONNX file, most frequent first.
+
+    Raises:
+        ValueError: If one is not of the ONNX standard.
+    """
+    from collections import Counter
+
+    import onnx
+    model = onnx.load(path, load_external_data=False)
+    others = {f'{node.domain}.{node.op_type}' for node in model.graph.node
+              if node.domain}
+    if others or model.functions:
+        raise ValueError(f'{path}: operators that are not ONNX\'s own: '
+                         f'{", ".join(sorted(others)) or "functions"}')
+    return Counter(node.op_type for node in model.graph.node).most_common()

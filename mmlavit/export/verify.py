@@ -1,0 +1,102 @@
+"""Exported files against the model they were made of."""
+from pathlib import Path
+from typing import Callable, Dict, List, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from .parts import Part
+
+# Batch, height, width: odd and oblong ones, below and above the usual.
+SIZES = ((1, 224, 224), (3, 97, 161), (1, 320, 200), (2, 65, 130))
+RUNTIMES = ('onnxruntime', 'openvino', 'torch')
+
+
+def load(path: Path, runtime: str) -> Callable[..., List[Tensor]]:
+    """A file as a function of tensors, on the CPU.
+
+    Args:
+        path (Path): An ``.onnx`` file, or a ``.pt2`` file for 'torch'.
+        runtime (str): 'onnxruntime', 'openvino' or 'torch'.
+    """
+    if runtime == 'torch':
+        program = torch.export.load(path).module()
+        return lambda *inputs: list(program(*inputs))
+    if runtime == 'onnxruntime':
+        import onnxruntime
+        session = onnxruntime.InferenceSession(
+            path, providers=['CPUExecutionProvider'])
+        names = [x.name for x in session.get_inputs()]
+        return lambda *inputs: [
+            torch.from_numpy(x) for x in session.run(
+                None, {n: x.numpy() for n, x in zip(names, inputs)})
+        ]
+    import openvino
+    # Its default on processors with AMX is bfloat16.
+    model = openvino.Core().compile_model(path, 'CPU',
+                                          {'INFERENCE_PRECISION_HINT': 'f32'})
+    return lambda *inputs: [
+        torch.from_numpy(x.copy())
+        for x in model([x.numpy() for x in inputs]).to_tuple()
+    ]
+
+
+@torch.no_grad()
+def largest_differences(
+    part: Part, path: Path, runtime: str,
+    sizes: Sequence[Tuple[int, int, int]] = SIZES
+) -> List[Dict[str, object]]:
+    """Largest difference of any output, relative to its largest value, by size.
+
+    Args:
+        part (Part): What the file was made of.
+        path (Path): The file.
+        runtime (str): What runs it; see `load`.
+        sizes (Sequence[tuple[int, int, int]]): Batch, height and width in pixels.
+    """
+    run = load(path, runtime)
+    rows = []
+    for size in sizes:
+        inputs = part.example(*size)
+        expected, got = part(*inputs), run(*inputs)
+        if part.task == 'detection':
+            differences = [(unmatched(*expected, *got), 'dets')]
+        else:
+            differences = [
+                (relative_difference(*pair), name)
+                for *pair, name in zip(expected, got, part.outputs, strict=True)]
+        worst, output = max(differences)
+        rows.append(dict(size=size, difference=worst, output=output))
+    return rows
+
+
+def unmatched(dets: Tensor, labels: Tensor, other_dets: Tensor,
+              other_labels: Tensor) -> float:
+    """How far the boxes of two results are from the nearest in the other.
+
+    Boxes whose scores are the same to the last digits may stand in any order.
+
+    Args:
+        dets (Tensor): (B, n, 5), corners in pixels and score.
+        labels (Tensor): (B, n); a box of another label is no match.
+        other_dets, other_labels (Tensor): As these.
+
+    Returns:
+        float: The largest difference of any corner or score to that of the match,
+        over the largest corner.
+    """
+    if dets.shape != other_dets.shape:
+        return float('inf')
+    scale = dets.abs().max().clamp(min=1)
+    distance = torch.cdist(dets / scale, other_dets / scale, p=float('inf'))
+    distance = distance.masked_fill(
+        labels[:, :, None] != other_labels[:, None], float('inf'))
+    return max(distance.amin(1).max(), distance.amin(2).max()).item()
+
+
+def relative_difference(expected: Tensor, got: Tensor) -> float:
+    """Infinite if the shapes differ."""
+    if expected.shape != got.shape:
+        return float('inf')
+    difference = (expected.double() - got.double()).abs().max()
+    return (difference / expected.double().abs().max().clamp(min=1e-12)).item()

@@ -1,0 +1,4 @@
+"""Registered backbones."""
+from .lavit import LaViT
+
+__all__ = ['LaViT']

@@ -1,0 +1,1 @@
+"""From grids to stages: what the backbone is made of."""

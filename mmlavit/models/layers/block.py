@@ -1,0 +1,255 @@
+"""Blocks and stages: patches in, then layers that hand their scores on."""
+from contextlib import contextmanager, nullcontext
+from typing import Iterator, NamedTuple, Optional, Sequence, Tuple
+
+from mmcv.cnn.bricks import DropPath
+from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .attention import LessAttention, VanillaAttention
+from .grid import Grid, Grids, to_map, to_tokens
+from .mixing import AttentionDownsample
+from .norms import build_activation, build_norm, normalise
+from .scores import LayerScores, Scores
+
+
+class ConvFFN(nn.Module):
+    """Feed-forward network with a depth-wise 3x3 convolution, as in PVTv2.
+
+    Args:
+        dims (int): Number of channels.
+        hidden_dims (int): Channels of the hidden layer.
+        act_cfg (dict): Config of the activation.
+        drop_rate (float): Dropout rate.
+    """
+
+    def __init__(self, *, dims: int, hidden_dims: int, act_cfg: dict,
+                 drop_rate: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dims, hidden_dims)
+        self.dwconv = nn.Conv2d(
+            hidden_dims, hidden_dims, 3, padding=1, groups=hidden_dims)
+        self.act = build_activation(act_cfg, hidden_dims)
+        self.fc2 = nn.Linear(hidden_dims, dims)
+        self.drop = nn.Dropout(drop_rate)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        """(B, N, C) -> (B, N, C)."""
+        x = self.fc1(x)
+        x = to_tokens(self.dwconv(to_map(x, grid)))
+        return self.drop(self.fc2(self.drop(self.act(x))))
+
+
+@contextmanager
+def keep_statistics(module: nn.Module) -> Iterator[None]:
+    """Batch norms inside count no batch: a recomputed one was counted before."""
+    norms = [(x, x.momentum, x.num_batches_tracked) for x in module.modules()
+             if isinstance(x, _BatchNorm)]
+    for norm, *_ in norms:
+        norm.momentum, norm.num_batches_tracked = 0., None
+    try:
+        yield
+    finally:
+        for norm, momentum, count in norms:
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+class Block(nn.Module):
+    """Pre-norm attention and FFN, with the scores passing through beside.
+
+    Args:
+        attn (VanillaAttention | LessAttention): The attention.
+        dims (int): Number of channels.
+        mlp_ratio (float): Width of the FFN's hidden layer over ``dims``.
+        norm_cfg (dict): Config of the norms.
+        act_cfg (dict): Config of the activation.
+        drop_rate (float): Dropout rate of the FFN.
+        drop_path_rate (float): Rate of stochastic depth.
+        with_cp (bool): Whether to recompute activations in the backward pass.
+    """
+
+    def __init__(self, *, attn: nn.Module, dims: int, mlp_ratio: float,
+                 norm_cfg: dict, act_cfg: dict, drop_rate: float,
+                 drop_path_rate: float, with_cp: bool) -> None:
+        super().__init__()
+        self.with_cp = with_cp
+        self.norm1 = build_norm(norm_cfg, dims)
+        self.attn = attn
+        self.norm2 = build_norm(norm_cfg, dims)
+        self.ffn = ConvFFN(
+            dims=dims,
+            hidden_dims=int(dims * mlp_ratio),
+            act_cfg=act_cfg,
+            drop_rate=drop_rate)
+        self.drop_path = (
+            DropPath(drop_path_rate) if drop_path_rate else nn.Identity())
+
+    def forward(self, x: Tensor, grids: Grids,
+                scores: LayerScores) -> Tuple[Tensor, LayerScores]:
+        """x (B, N, C) and the scores of the layer before."""
+        if self.with_cp and x.requires_grad:
+            again = {}
+            if any(isinstance(module, _BatchNorm) for module in self.modules()):
+                again['context_fn'] = lambda: (nullcontext(),
+                                               keep_statistics(self))
+            return checkpoint(
+                self._forward, x, grids, scores, use_reentrant=False, **again)
+        return self._forward(x, grids, scores)
+
+    def _forward(self, x, grids, scores):
+        grid = grids.queries
+        z, scores = self.attn(normalise(self.norm1, x, grid), grids, scores)
+        x = x + self.drop_path(z)
+        z = self.ffn(normalise(self.norm2, x, grid), grid)
+        return x + self.drop_path(z), scores
+
+
+class PatchEmbed(nn.Module):
+    """Overlapping patches: a strided convolution and a norm, as in PVTv2.
+
+    Args:
+        in_channels (int): Channels of the map that comes in.
+        dims (int): Channels of the tokens.
+        patch_size (int): Kernel size, odd, so that an input of ``n`` rows
+            gives ``ceil(n / stride)``.
+        stride (int): Stride.
+        norm_cfg (dict): Config of the norm.
+    """
+
+    def __init__(self, *, in_channels: int, dims: int, patch_size: int,
+                 stride: int, norm_cfg: dict) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_channels, dims, patch_size, stride, padding=patch_size // 2)
+        self.norm = build_norm(norm_cfg, dims)
+
+    def forward(self, x: Tensor) -> Tuple[Tensor, Grid]:
+        """(B, C_in, H, W) -> (B, h * w, C), (h, w)."""
+        x = self.conv(x)
+        grid = tuple(x.shape[2:])
+        return normalise(self.norm, to_tokens(x), grid), grid
+
+
+class LayerSpec(NamedTuple):
+    """One layer: what it is, whose scores it has, what is its own."""
+    kind: str  # 'VA' or 'LA'
+    # Whose scores come in: 'stage', the stage before's, downsampled; 'layer', the
+    # layer before's; None, nobody's.
+    source: Optional[str]
+    drop_path_rate: float
+    dp_loss: bool  # whether the DP loss is on it
+
+
+class StageOutput(NamedTuple):
+    """What a stage hands on."""
+    tokens: Tensor  # (B, N, C), for the next stage
+    output: Tensor  # (B, N, C), normalised, where the stage has a norm
+    scores: Scores  # for the next stage
+    grid: Grid  # of tokens and scores
+    dp_losses: Sequence[Tensor]  # of the layers that the DP loss is on
+
+
+class Stage(nn.Module):
+    """Patch embedding, then the layers, then a norm.
+
+    Args:
+        layers (Sequence[LayerSpec]): The layers.
+        in_channels (int): Channels of the map that comes in.
+        dims (int): Number of channels.
+        num_heads (int): Number of heads.
+        source_heads (int): Heads of the stage before, if scores come from it.
+        patch_size (int): Kernel size of the patch embedding.
+        stride (int): Stride of the patch embedding.
+        mlp_ratio (float): Width of the FFNs' hidden layer over ``dims``.
+        sr_ratio (int): Spatial reduction of keys and values.
+        max_key_grid (int, optional): Largest side of the key grid.
+        q_base_grid (tuple[int, int]): Base grid of Psi.
+        k_base_grid (tuple[int, int]): Base grid of Theta.
+        norm (str, optional): 'trunk': a norm, whose result the next stage and the
+            output both see; 'output': the output alone; None: no norm.
+        qkv_bias, value_reduction, transform, score_path, drop_rate,
+            attn_drop_rate, norm_cfg, act_cfg, with_cp: As for `LaViT`.
+    """
+
+    def __init__(self, *, layers: Sequence[LayerSpec], in_channels: int,
+                 dims: int, num_heads: int, source_heads: int, patch_size: int,
+                 stride: int, mlp_ratio: float, sr_ratio: int,
+                 max_key_grid: Optional[int], q_base_grid: Grid,
+                 k_base_grid: Grid, norm: Optional[str], qkv_bias: bool,
+                 value_reduction: str, transform: str, score_path: str, drop_rate: float,
+                 attn_drop_rate: float, norm_cfg: dict, act_cfg: dict,
+                 with_cp: bool) -> None:
+        super().__init__()
+        self.layers = layers
+        self.sr_ratio = sr_ratio
+        self.max_key_grid = max_key_grid
+        self.patch_embed = PatchEmbed(
+            in_channels=in_channels,
+            dims=dims,
+            patch_size=patch_size,
+            stride=stride,
+            norm_cfg=norm_cfg)
+        self.downsample = None
+        if any(layer.source == 'stage' for layer in layers):
+            self.downsample = AttentionDownsample(source_heads, num_heads,
+                                                  stride)
+        attention = dict(
+            dims=dims,
+            num_heads=num_heads,
+            sr_ratio=sr_ratio,
+            qkv_bias=qkv_bias,
+            attn_drop_rate=attn_drop_rate,
+            drop_rate=drop_rate,
+            norm_cfg=norm_cfg)
+        self.blocks = nn.ModuleList()
+        for layer in layers:
+            if layer.kind == 'VA':
+                attn = VanillaAttention(**attention, score_path=score_path)
+            else:
+                attn = LessAttention(
+                    **attention,
+                    value_reduction=value_reduction,
+                    q_base_grid=q_base_grid,
+                    k_base_grid=k_base_grid,
+                    transform=transform)
+            self.blocks.append(
+                Block(
+                    attn=attn,
+                    dims=dims,
+                    mlp_ratio=mlp_ratio,
+                    norm_cfg=norm_cfg,
+                    act_cfg=act_cfg,
+                    drop_rate=drop_rate,
+                    drop_path_rate=layer.drop_path_rate,
+                    with_cp=with_cp))
+        self.norm = None if norm is None else build_norm(norm_cfg, dims)
+        self.norm_in_trunk = norm == 'trunk'
+
+    def forward(self,
+                x: Tensor,
+                last: Optional[StageOutput],
+                dp_loss: Optional[nn.Module] = None) -> StageOutput:
+        """A map (B, C_in, H, W) and what the stage before handed on.
+
+        With ``dp_loss`` its values for the layers it is on are handed on too.
+        """
+        x, grid = self.patch_embed(x)
+        grids = Grids.of(grid, self.sr_ratio, self.max_key_grid)
+        sources = {None: LayerScores()}
+        if self.downsample is not None:
+            sources['stage'] = LayerScores(
+                inherited=self.downsample(last.scores, last.grid))
+        dp_losses = []
+        for layer, block in zip(self.layers, self.blocks):
+            inherited = sources[layer.source]
+            x, scores = block(x, grids, inherited)
+            sources['layer'] = scores
+            if dp_loss is not None and layer.dp_loss:
+                args = scores, grids, inherited, block.attn
+                dp_losses.append(
+                    checkpoint(dp_loss, *args, use_reentrant=False)
+                    if block.with_cp else dp_loss(*args))
+        output = x if self.norm is None else normalise(self.norm, x, grid)
+        return StageOutput(output if self.norm_in_trunk else x, output,
+                           scores.to_next_stage(), grid, dp_losses)

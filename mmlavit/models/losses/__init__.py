@@ -1,0 +1,4 @@
+"""Registered losses."""
+from .dp_loss import DiagonalityPreservingLoss
+
+__all__ = ['DiagonalityPreservingLoss']

@@ -1,0 +1,1 @@
+"""What every part of mmlavit may use; it uses none of them."""

@@ -1,4 +1,7 @@
 """Small models and batches that several test modules use."""
+import uuid
+from pathlib import Path
+
 import pytest
 import torch
 from mmengine.structures import InstanceData, PixelData
@@ -18,6 +21,55 @@ def randomise(model: nn.Module, std: float = 0.2) -> nn.Module:
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=std)
     return model
+
+
+def small_lavit(**kwargs) -> nn.Module:
+    """A LaViT of four stages in eval mode; weights at which everything matters."""
+    from mmlavit import LaViT
+    return randomise(
+        LaViT(**{**dict(arch=ARCH, pretrain_img_size=64), **kwargs})).eval()
+
+
+def stock_pvt(arch: dict, std: float = 0.1) -> nn.Module:
+    """mmdet's PVTv2 of these widths and depths, in float64, with random weights."""
+    from mmdet.models.backbones.pvt import PyramidVisionTransformerV2
+    model = PyramidVisionTransformerV2(
+        embed_dims=arch['embed_dims'][0],  # those of one head, times num_heads
+        num_layers=arch['depths'],
+        num_heads=arch['num_heads'],
+        mlp_ratios=arch['mlp_ratios'])
+    randomise(model, std)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.weight.data += 1  # else all attention is nearly a mean
+    return model.double().eval()
+
+
+def authors_names(pvt: dict) -> dict:
+    """mmdet's PVTv2 weights by the names of the authors' release."""
+    parts = {'0.projection': 'patch_embed{}.proj', '0.norm': 'patch_embed{}.norm',
+             '2': 'norm{}'}
+    layer_parts = {'attn.attn.out_proj': 'attn.proj', 'ffn.layers.0': 'mlp.fc1',
+                   'ffn.layers.1': 'mlp.dwconv.dwconv', 'ffn.layers.4': 'mlp.fc2'}
+    out = {}
+    for name, x in pvt.items():
+        _, stage, rest = name.split('.', 2)
+        stage, (rest, kind) = int(stage) + 1, rest.rsplit('.', 1)
+        if rest in parts:
+            out[f'{parts[rest].format(stage)}.{kind}'] = x
+            continue
+        _, layer, rest = rest.split('.', 2)
+        layer = f'block{stage}.{layer}'
+        if rest == 'attn.attn' and 'in_proj' in kind:
+            kind = kind[len('in_proj_'):]
+            q, k, v = x.chunk(3)
+            out[f'{layer}.attn.q.{kind}'] = q
+            out[f'{layer}.attn.kv.{kind}'] = torch.cat([k, v])
+            continue
+        rest = layer_parts.get(rest, rest)
+        linear = kind == 'weight' and '.fc' in rest
+        out[f'{layer}.{rest}.{kind}'] = x.flatten(1) if linear else x
+    return out
 
 
 def cpu_autocast(dtype: torch.dtype) -> torch.autocast:
@@ -72,6 +124,16 @@ BATCHES = dict(
     mmdet=detection_batch,
     mmseg=segmentation_batch,
     mmpretrain=classification_batch)
+
+
+# A pipeline for digits_config that draws random numbers
+RANDOM_IMAGES = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=40),
+    dict(type='RandomCrop', crop_size=32),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PackInputs')
+]
 
 
 def digits_config(data, **options):
@@ -132,3 +194,22 @@ def digits_config(data, **options):
         {key.replace('__', '.'): value
          for key, value in options.items()})
     return config
+
+
+def make_runner(config, work_dir: Path, kind: str = 'Runner', **options):
+    """Of a config's training or test, in this process."""
+    from mmengine import runner
+    config.update(
+        work_dir=str(work_dir), experiment_name=uuid.uuid4().hex, **options)
+    return getattr(runner, kind).from_cfg(config)
+
+
+def train(config, work_dir: Path, **options) -> dict:
+    """The weights after a training in this process."""
+    return make_runner(config, work_dir, **options).train().state_dict()
+
+
+def assert_same(ours: dict, theirs: dict) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name

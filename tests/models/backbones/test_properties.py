@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from builders import ARCH, randomise
 from mmlavit import DiagonalityPreservingLoss, LaViT
-from mmlavit.lavit import SCORE_PATHS, TRANSFORMS, VALUE_REDUCTIONS
+from mmlavit.models.layers.attention import TRANSFORMS, VALUE_REDUCTIONS
+from mmlavit.models.layers.scores import SCORE_PATHS
 
 settings.register_profile('fixed', deadline=None, derandomize=True)
 settings.load_profile('fixed')
@@ -232,7 +233,7 @@ def test_any_loss_is_within_its_bounds_or_is_named(kwargs, size):
         assert str(error).startswith('LaViT: dp_loss.')
         assert 'expected' in str(error)
         return
-    value = loss.of_matrix(3 * torch.randn(2, 3, size, size))
+    value = loss.on_scores(3 * torch.randn(2, 3, size, size))
     assert value.isfinite()
     if loss.form == 'bounded':
         most = 2 * loss.symmetry_weight + (1 + loss.margin) * (

@@ -3,22 +3,28 @@ import copy
 import importlib
 import logging
 import math
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
 from mmengine.logging import MMLogger
+from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from builders import ARCH, cpu_autocast, randomise
 from mmlavit import LaViT
-from mmlavit.attention import (MAX_BUILT_SCORES, LessAttention, TokenMix,
-                               VanillaAttention)
-from mmlavit.complexity import count_macs
-from mmlavit.lavit import SCORE_PATHS
+from mmlavit.models.layers.attend import MAX_BUILT_SCORES
+from mmlavit.models.layers.attention import LessAttention, VanillaAttention
+from mmlavit.models.layers.mixing import TokenMix
+from mmlavit.analysis.complexity import count_macs
+from mmlavit.models.layers.scores import SCORE_PATHS
+
+ROOT = Path(__file__).parents[3]
 
 
 def build(**kwargs) -> LaViT:
@@ -239,8 +245,8 @@ def test_compiles_as_one_graph_for_changing_sizes():
 def test_every_parameter_gets_a_gradient(out_indices, attn_residual):
     model = randomise(
         build(out_indices=out_indices, attn_residual=attn_residual))
-    norms = {f'norm{i}' for i in out_indices}
-    assert norms == {n for n, _ in model.named_children() if 'norm' in n}
+    assert [stage.norm is not None for stage in model.stages] == [
+        i in out_indices for i in range(out_indices[-1] + 1)]
     assert len(model.stages) == out_indices[-1] + 1
     grads = gradients(model, torch.randn(2, 3, 96, 64))
     for name, grad in grads.items():
@@ -309,8 +315,7 @@ def test_frozen_stages_stay(frozen):
     total(model(torch.randn(2, 3, 64, 64))).backward()
     optimizer.step()
     for name, value in model.state_dict().items():
-        parts = name.split('.')
-        stage = int(parts[1] if parts[0] == 'stages' else parts[0][-1])
+        stage = int(name.split('.')[1])
         assert torch.equal(value, before[name]) == (stage <= frozen), name
     for i, stage in enumerate(model.stages):
         assert stage.blocks[-1].training == (i > frozen)
@@ -329,7 +334,7 @@ def test_batch_norm_and_norm_eval(norm_eval):
 def test_group_norm_acts_on_channels():
     model = randomise(build(norm_cfg=dict(type='GN', num_groups=4))).double()
     out = model(torch.randn(2, 3, 64, 96, dtype=torch.double))[2]
-    norm = model.norm2
+    norm = model.stages[2].norm
     normalised = (out - norm.bias[:, None, None]) / norm.weight[:, None, None]
     groups = normalised.unflatten(1, (4, -1)).flatten(2)
     torch.testing.assert_close(groups.mean(2), torch.zeros_like(groups[..., 0]))
@@ -499,16 +504,38 @@ def pretrained(path, **kwargs) -> LaViT:
         **kwargs)
 
 
-@pytest.fixture
-def warnings_logged():
-    """What mmengine's logger says at level WARNING and above."""
+@contextmanager
+def logged(level: int):
+    """What mmengine's logger says at this level and above."""
     messages = []
-    handler = logging.Handler(logging.WARNING)
+    handler = logging.Handler(level)
     handler.emit = lambda record: messages.append(record.getMessage())
     logger = MMLogger.get_current_instance()
     logger.addHandler(handler)
     yield messages
     logger.removeHandler(handler)
+
+
+@pytest.fixture
+def warnings_logged():
+    with logged(logging.WARNING) as messages:
+        yield messages
+
+
+@pytest.mark.parametrize('within', [False, True])
+def test_mmengines_log_says_how_each_parameter_was_initialised(within):
+    model = LaViT(arch=ARCH, pretrain_img_size=64)
+    names = [name for name, _ in model.named_parameters()]
+    if within:
+        outer = BaseModule()
+        outer.backbone = model
+        model, names = outer, [f'backbone.{name}' for name in names]
+    with logged(logging.INFO) as messages:
+        model.init_weights()
+    report = {line.split(' - ')[0].strip(): line for line in messages
+              if ' - torch.Size' in line}
+    assert set(names) == set(report)
+    assert all('LaViTInit' in line for line in report.values())
 
 
 def test_pretrained_weights_load_and_missing_keys_are_reported(
@@ -518,7 +545,7 @@ def test_pretrained_weights_load_and_missing_keys_are_reported(
     for name, value in source.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
     report = ''.join(warnings_logged)
-    assert 'missing keys' in report and 'norm0.weight' in report
+    assert 'missing keys' in report and 'stages.0.norm.weight' in report
 
 
 def test_unexpected_keys_are_reported(checkpoint, warnings_logged):
@@ -569,6 +596,15 @@ def ddp_worker(rank: int, port: int, folder: str) -> None:
     if rank == 0:
         torch.save([p.grad for p in model.parameters()], f'{folder}/grads.pt')
     torch.distributed.destroy_process_group()
+
+
+def test_a_checkpoint_of_the_first_release_is_refused():
+    saved = torch.load(ROOT / 'tests/fixtures/lavit_0.1.0.pth')
+    model = build(**{k: saved['meta'][k] for k in ('arch', 'pretrain_img_size')})
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match='LaViT: checkpoint=.*norm0.* 0.2 or later'):
+        model.load_state_dict(saved['state_dict'])
+    torch.testing.assert_close(dict(model.state_dict()), dict(before))
 
 
 def test_two_processes_give_the_gradients_of_one(tmp_path, free_port):

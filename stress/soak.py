@@ -1,6 +1,6 @@
 """Trains for long on images of changing sizes, and prints how memory grows.
 
-    python tests/soak.py DIR [--steps 2000]
+    python stress/soak.py DIR [--steps 2000]
 
 RetinaNet on LaViT with the DP loss, on made digits; every image has a size of its
 own. Prints resident memory by step and its slope over the second half, where

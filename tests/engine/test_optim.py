@@ -10,9 +10,9 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 import mmlavit  # noqa: F401  (registers the constructor)
-from mmlavit.building import build_model
+from mmlavit.analysis.building import build_model
 
-COCO = Path(__file__).parents[1] / 'configs/retinanet_lavit_t_coco.py'
+COCO = Path(__file__).parents[2] / 'configs/retinanet_lavit_t_coco.py'
 
 
 def settings(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict:
@@ -100,3 +100,23 @@ def test_shared_parameter_is_updated_once_or_refused():
     config['paramwise_cfg']['bypass_duplicate'] = True
     optimizer = build_optim_wrapper(model, config).optimizer
     assert settings(optimizer, model).keys() == dict(model.named_parameters()).keys()
+
+
+def test_compiled_steps_are_the_same():
+    """mmengine compiles the whole training step; PyTorch cannot trace foreach here."""
+    weights = []
+    for compiled in (False, True):
+        model = small_model()
+        optim_wrapper = build_optim_wrapper(model, dict(
+            constructor='MergedGroupsConstructor',
+            optimizer=dict(type='AdamW', lr=1e-2, weight_decay=0.1, foreach=True),
+            paramwise_cfg=dict(norm_decay_mult=0.)))
+
+        def step(x):
+            optim_wrapper.update_params(model(x).square().mean())
+
+        run = torch.compile(step, backend='eager') if compiled else step
+        for _ in range(3):
+            run(torch.ones(2, 3, 5, 5))
+        weights.append(nn.utils.parameters_to_vector(model.parameters()))
+    torch.testing.assert_close(*weights)

@@ -1,9 +1,9 @@
-"""tools/check_data.py on whole and on broken data of the three toolboxes."""
+"""Whole and broken data of the three toolboxes."""
 import json
-import runpy
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from mmengine.config import Config
 
-ROOT = Path(__file__).parents[1]
+from mmlavit.analysis.dataset_checks import Balance, check_config
+
+ROOT = Path(__file__).parents[2]
 DIGITS = tuple('0123456789')
 
 
@@ -28,8 +30,15 @@ def digits(tmp_path_factory) -> Path:
     return out
 
 
+def rows_of(report: str) -> list:
+    """The cells of its tables."""
+    return [[cell.strip() for cell in line.strip('|').split('|')]
+            for line in report.splitlines() if line.startswith('|')]
+
+
 def make_config(scope: str, root: Path) -> Config:
     """Data sets with the usual pipelines; of the model what is compared."""
+    pytest.importorskip(scope)
 
     def split(name: str) -> dict:
         if scope == 'mmdet':
@@ -65,18 +74,14 @@ def make_config(scope: str, root: Path) -> Config:
             test_dataloader=split('val')))
 
 
-@pytest.fixture
-def check(tmp_path, capsys):
-    """Runs the tool on a config; gives exit code and report."""
-
-    def run(config: Config, *args) -> tuple:
-        config.dump(tmp_path / 'config.py')
-        main = runpy.run_path(str(ROOT / 'tools/check_data.py'))['main']
-        with pytest.raises(SystemExit) as info:
-            main([str(tmp_path / 'config.py'), '--workers', '0', *args])
-        return info.value.code, capsys.readouterr().out
-
-    return run
+def check(config: Config, splits=('train', 'val', 'test'), workers=0) -> tuple:
+    """Whether there are errors, and the report."""
+    found = dict(check_config(config, splits, workers))
+    assert list(found) == list(splits)
+    reports = [report for report in found.values() if report]
+    return (any(kind.startswith('ERROR') for report in reports
+                for kind in report.kinds()),
+            '\n\n'.join(report.describe() + '\n' for report in reports))
 
 
 @pytest.fixture
@@ -91,24 +96,24 @@ def wrapped(digits) -> Config:
     return config
 
 
-def test_wrappers_are_tried_too(wrapped, check):
-    code, report = check(wrapped, '--splits', 'train')
-    assert code == 0, report
+def test_wrappers_are_tried_too(wrapped):
+    errors, report = check(wrapped, ['train'])
+    assert not errors, report
     wrapped.train_dataloader.dataset.pipeline[0].img_scale = 160
-    code, report = check(wrapped, '--splits', 'train')
-    assert code == 1
+    errors, report = check(wrapped, ['train'])
+    assert errors
     assert 'ERROR: data set wrapper that fails: 1\n' in report
     assert 'MultiImageMixDataset: ' in report
 
 
-def test_masks_from_zero_with_reduce_zero_label_are_noticed(digits, check):
+def test_masks_from_zero_with_reduce_zero_label_are_noticed(digits):
     """Digits' masks number none of 11 classes from 0; the last one is missing then."""
     config = make_config('mmseg', digits)
     for split in (config.train_dataloader, config.val_dataloader):
         split.dataset.reduce_zero_label = True
         split.dataset.pipeline[1].reduce_zero_label = True
-    code, report = check(config, '--splits', 'train')
-    assert code == 0
+    errors, report = check(config, ['train'])
+    assert not errors
     assert 'the last class never occurs: 1\n' in report and "'9': if" in report
 
 
@@ -275,27 +280,26 @@ FAULTS = dict(
 
 
 @pytest.mark.parametrize('fault', FAULTS)
-def test_faults_are_named(fault, digits, tmp_path, check):
+def test_faults_are_named(fault, digits, tmp_path):
     scope, provoke, *words = FAULTS[fault]
     root = tmp_path / 'digits'
     shutil.copytree(digits, root)
     config = make_config(scope, root)
     provoke(root, config)
-    code, report = check(config)
+    errors, report = check(config)
     for word in words:
         assert word in report
-    assert code == any('ERROR' in word for word in words)
-    assert 'test: checked above' in report  # it went on to the end
+    assert errors == any('ERROR' in word for word in words)
+    assert '\n\nval:' in report  # it went on to the end
 
 
 @pytest.mark.parametrize('scope', ['mmdet', 'mmseg', 'mmpretrain'])
-def test_whole_data_passes_and_its_balance_is_right(scope, digits, check):
-    code, report = check(make_config(scope, digits))
-    assert code == 0 and 'ERROR' not in report, report
-    assert '0 kinds of errors' in report
+def test_whole_data_passes_and_its_balance_is_right(scope, digits):
+    errors, report = check(make_config(scope, digits))
+    assert not errors and 'ERROR' not in report, report
     number = 20 if scope == 'mmpretrain' else 8
     assert f': {number} images of {number}\n' in report
-    line = next(row for row in report.splitlines() if row.startswith('| 7 |'))
+    cells = next(cells for cells in rows_of(report) if cells[0] == '7')
     if scope == 'mmdet':
         data = json.loads((digits / 'annotations/train.json').read_text())
         images = [ann['image_id'] for ann in data['annotations']
@@ -309,10 +313,10 @@ def test_whole_data_passes_and_its_balance_is_right(scope, digits, check):
         counts, share = (here.any((1, 2)).sum(), here.sum()), here.mean()
     else:
         counts, share = (2, 2), .1
-    assert line == f'| 7 | {counts[0]} | {counts[1]} | {share:.2%} |'
+    assert cells == ['7', *map(str, counts), f'{share:.2%}']
 
 
-def test_wrapped_data_sets_processes_and_chosen_splits(digits, tmp_path, check):
+def test_wrapped_data_sets_processes_and_chosen_splits(digits, tmp_path):
     root = tmp_path / 'digits'
     shutil.copytree(digits, root)
     config = make_config('mmdet', root)
@@ -321,17 +325,16 @@ def test_wrapped_data_sets_processes_and_chosen_splits(digits, tmp_path, check):
     config.train_dataloader.dataset = dict(
         type='RepeatDataset', times=3, dataset=dict(
             type='ConcatDataset', datasets=[dataset, dataset]))
-    code, report = check(config, '--splits', 'train', '--workers', '2')
-    assert code == 1
+    errors, report = check(config, ['train'], workers=2)
+    assert errors
     assert 'ERROR: missing image: 2\n' in report and 'val' not in report
-    assert check(config, '--splits', 'val')[0] == 0
+    assert check(config, ['val'])[0] == 0
 
 
-def test_of_many_classes_the_most_and_the_least_frequent_are_shown(capsys):
-    show = runpy.run_path(str(ROOT / 'tools/check_data.py'))['show_balance']
-    counts = {label: label + 1 for label in range(100)}
-    show(range(100), counts, counts)
-    rows = capsys.readouterr().out.splitlines()[2:]
+def test_of_many_classes_the_most_and_the_least_frequent_are_shown():
+    counts = Counter({label: label + 1 for label in range(100)})
+    rows = [list(map(str, row.values()))
+            for row in Balance('', range(100), counts, counts).rows()]
     assert len(rows) == 41
-    assert rows[0] == '| 99 | 100 | 100 | 1.98% |'
-    assert rows[20] == '| ... | | | |' and rows[-1].startswith('| 0 | 1 | 1 |')
+    assert rows[0] == ['99', '100', '100', '1.98%']
+    assert rows[20] == ['...', '', '', ''] and rows[-1][:3] == ['0', '1', '1']

@@ -6,14 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from mmlavit.attention import (AttentionDownsample, FactoredScores,
-                               LayerScores, LessAttention, MaterialisedScores,
-                               TokenMix, VanillaAttention, merge_heads)
+from mmlavit.models.layers.attention import LessAttention, VanillaAttention
+from mmlavit.models.layers.grid import Grids, merge_heads
+from mmlavit.models.layers.mixing import AttentionDownsample, TokenMix
+from mmlavit.models.layers.scores import (FactoredScores, LayerScores,
+                                          MaterialisedScores)
 
 LN = dict(type='LN', eps=1e-6)
 # (query grid, key grid): the base grids, larger, odd, non-square, tiny.
 GRIDS = [((4, 4), (2, 2)), ((8, 8), (4, 4)), ((7, 5), (4, 3)),
-         ((3, 11), (2, 6)), ((1, 1), (1, 1))]
+         ((3, 11), (2, 6)), ((1, 1), (1, 1))]  # two rows and columns to a key
 
 
 def area_matrix(size: int, base: int) -> np.ndarray:
@@ -38,14 +40,20 @@ def bilinear_matrix(base: int, size: int) -> np.ndarray:
 
 
 def dense_mix(mix: TokenMix, grid: tuple) -> torch.Tensor:
-    """I + U W D as one (N, N) matrix."""
+    """I + U (M - I) D as one (N, N) matrix, M with rows of norm 1."""
     down, up = (np.kron(*(matrix(*sizes) for sizes in pairs))
                 for matrix, pairs in ((area_matrix,
                                        zip(grid, mix.base_grid)),
                                       (bilinear_matrix,
                                        zip(mix.base_grid, grid))))
-    n = grid[0] * grid[1]
-    return torch.eye(n).double() + torch.tensor(up) @ mix.weight @ torch.tensor(
+    n, base = grid[0] * grid[1], len(mix.weight)
+    rows = []
+    for i, row in enumerate(mix.weight):
+        row = (row - row.sum() / base) / math.sqrt(base)
+        row = row + torch.eye(base).double()[i]
+        rows.append(row / row.square().sum().sqrt())
+    learned = torch.stack(rows) - torch.eye(base)
+    return torch.eye(n).double() + torch.tensor(up) @ learned @ torch.tensor(
         down)
 
 
@@ -71,7 +79,8 @@ def test_mixing_equals_the_formula_in_both_representations(q_grid, k_grid):
     """Psi(Theta(S)^T)^T with dense matrices, values and gradients."""
     torch.manual_seed(0)
     theta, psi = random_mix((2, 2)), random_mix((4, 4))
-    factors = random_factors(2, q_grid, k_grid)
+    factors, grids = random_factors(2, q_grid, k_grid), Grids(q_grid, 2)
+    assert grids.keys == k_grid
     leaves = [factors.q, factors.k, theta.weight, psi.weight]
 
     s = factors.dense()
@@ -80,7 +89,7 @@ def test_mixing_equals_the_formula_in_both_representations(q_grid, k_grid):
     grads = torch.autograd.grad((expected * weight).sum(), leaves)
 
     for scores in (factors, MaterialisedScores(factors.dense())):
-        mixed = scores.mix_tokens(theta, psi, q_grid, k_grid).dense()
+        mixed = scores.mix_tokens(theta, psi, grids).dense()
         assert_same(mixed, expected)
         for actual, grad in zip(
                 torch.autograd.grad((mixed * weight).sum(), leaves), grads):
@@ -90,45 +99,80 @@ def test_mixing_equals_the_formula_in_both_representations(q_grid, k_grid):
 def test_mixing_of_a_hand_computed_example():
     """2 queries, 2 keys: S = [[1, 2], [3, 4]].
 
-    Theta = [[1, 1], [0, 1]] sends the rows of S to [s1 + s2, s2], so
-    Theta(S) = [[3, 2], [7, 4]]; Psi = [[1, 0], [2, 1]] then acts on the
-    columns: the second row becomes 2 * first + second = [13, 8].
+    A row of W of (a, b) becomes ((a - b) / 2, (b - a) / 2) / sqrt(2). With
+    c = sqrt(2), Theta's W = [[0, 0], [2c, 0]] gives rows (0, 0) and (1, -1), so
+    Theta = [[1, 0], [1, 0]] with norms 1: both keys get the first one's scores,
+    [[1, 1], [3, 3]]. Psi's W = [[0, 0], [-3c, 3c]] gives (0, 0), (-3, 3), so
+    Psi = [[1, 0], [-.6, .8]]: the second query gets -.6 * 1 + .8 * 3 = 1.8.
     """
     theta, psi = TokenMix((1, 2)), TokenMix((1, 2))
+    c = math.sqrt(2)
     with torch.no_grad():
-        theta.weight.copy_(torch.tensor([[0., 1.], [0., 0.]]))
-        psi.weight.copy_(torch.tensor([[0., 0.], [2., 0.]]))
+        theta.weight.copy_(torch.tensor([[0., 0.], [2 * c, 0.]]))
+        psi.weight.copy_(torch.tensor([[0., 0.], [-3 * c, 3 * c]]))
+    torch.testing.assert_close(
+        psi.matrix(), torch.tensor([[1., 0.], [-.6, .8]]))
     s = torch.tensor([[[[1., 2.], [3., 4.]]]])
-    expected = torch.tensor([[[[3., 2.], [13., 8.]]]])
-    mixed = MaterialisedScores(s).mix_tokens(theta, psi, (1, 2), (1, 2))
-    assert torch.equal(mixed.dense(), expected)
+    expected = torch.tensor([[[[1., 1.], [1.8, 1.8]]]])
+    grids = Grids((1, 2), 1)
+    mixed = MaterialisedScores(s).mix_tokens(theta, psi, grids)
+    torch.testing.assert_close(mixed.dense(), expected)
     # The same S as Q K^T with K = I.
     mixed = FactoredScores(s[0], torch.eye(2)[None], 1).mix_tokens(
-        theta, psi, (1, 2), (1, 2))
-    assert torch.equal(mixed.dense(), expected)
+        theta, psi, grids)
+    torch.testing.assert_close(mixed.dense(), expected)
+
+
+@pytest.mark.parametrize('std', [1e-3, 1., 1e3])
+def test_mixing_keeps_the_size_of_scores_whatever_its_weights(std):
+    mix = TokenMix((7, 7))
+    nn.init.normal_(mix.weight, mean=std, std=std)
+    with torch.no_grad():
+        matrix = mix.matrix()
+        torch.testing.assert_close(matrix.norm(dim=1), torch.ones(49))
+        x = torch.randn(4, 49, 64)
+        assert mix(x, (7, 7)).std() == pytest.approx(x.std(), rel=.05)
+        # What a softmax does not see stays as it is, up to the rows' norms.
+        constant = mix(torch.full((1, 49, 1), 5.), (7, 7))[0, :, 0]
+        norms = 5 / constant
+    centred = mix.weight - mix.weight.mean(1, keepdim=True)
+    torch.testing.assert_close(
+        norms, (torch.eye(49) + centred.detach() / 7).norm(dim=1),
+        rtol=1e-2, atol=1e-3)
+
+
+def test_downsampling_keeps_the_size_of_scores_and_cannot_vanish():
+    downsample = AttentionDownsample(5, 7, 2)
+    heads = torch.randn(2, 5, 64, 9)
+    before = downsample(MaterialisedScores(heads), (8, 8)).dense()
+    with torch.no_grad():
+        downsample.depthwise *= 1e-6
+        downsample.mix *= 1e4
+    after = downsample(MaterialisedScores(heads), (8, 8)).dense()
+    torch.testing.assert_close(after, before)
 
 
 def test_downsampling_of_a_hand_computed_example():
     """Two heads to one, a 3 x 3 query grid of one key, stride 2.
 
     Head 0 counts 1..9, its kernel takes the centre: the corners 1, 3, 7, 9.
-    Head 1 is all ones, its kernel sums the window: 4 of 9 cells lie inside at
-    every corner. The new head is 10 * head 0 - head 1.
+    Head 1 is all ones, its kernel is the mean of the window, of which 4 of 9 cells
+    lie inside at every corner: 4 / 9. The new head is .6 * head 0 - .8 * head 1.
     """
     downsample = AttentionDownsample(2, 1, 2)
     with torch.no_grad():
         downsample.depthwise.zero_()
-        downsample.depthwise[0, 0, 1, 1] = 1
-        downsample.depthwise[1] = 1
-        downsample.mix.copy_(torch.tensor([[10., -1.]]))
+        downsample.depthwise[0, 0, 1, 1] = 2
+        downsample.depthwise[1] = 3
+        downsample.mix.copy_(torch.tensor([[6., -8.]]))
     heads = torch.stack([torch.arange(1., 10.), torch.ones(9)])
-    expected = torch.tensor([6., 26., 66., 86.])
+    expected = .6 * torch.tensor([1., 3., 7., 9.]) - .8 * 4 / 9
     # (B, heads, N, M) = (1, 2, 9, 1)
     scores = downsample(MaterialisedScores(heads[None, ..., None]), (3, 3))
-    assert torch.equal(scores.dense(), expected[None, None, :, None])
+    torch.testing.assert_close(scores.dense(), expected[None, None, :, None])
     # Width 1 per head, all keys 1.
     factors = FactoredScores(heads.T[None], torch.ones(1, 1, 2), 2)
-    assert torch.equal(
+    torch.testing.assert_close(
         downsample(factors, (3, 3)).dense(), expected[None, None, :, None])
 
 
@@ -171,16 +215,26 @@ def test_downsampling_starts_with_the_old_heads():
     torch.testing.assert_close(inner.amin((1, 2, 3)), source)
 
 
-def build(cls, path='auto', **kwargs):
-    return cls(
-        12, 3, 2, None, 0., 0., LN, path, qkv_bias=True, **kwargs).double()
+COMMON = dict(
+    dims=12, num_heads=3, sr_ratio=2, attn_drop_rate=0., drop_rate=0.,
+    norm_cfg=LN, qkv_bias=True)
+
+
+def vanilla(path: str = 'auto') -> VanillaAttention:
+    return VanillaAttention(**COMMON, score_path=path).double()
+
+
+def less(value_reduction: str = 'conv') -> LessAttention:
+    return LessAttention(
+        **COMMON, value_reduction=value_reduction, transform='token_mix',
+        q_base_grid=(4, 4), k_base_grid=(2, 2)).double()
 
 
 @pytest.mark.parametrize('path', ['auto', 'factored', 'materialised'])
 def test_vanilla_attention_is_softmax_attention(path):
     """Against torch's own multi-head attention on the reduced tokens."""
     torch.manual_seed(0)
-    attn = build(VanillaAttention, path)
+    attn = vanilla(path)
     x = torch.randn(2, 35, 12, dtype=torch.double)
     reference = nn.MultiheadAttention(12, 3, batch_first=True).double()
     with torch.no_grad():
@@ -188,21 +242,21 @@ def test_vanilla_attention_is_softmax_attention(path):
             torch.cat([attn.q.weight, attn.kv.weight]))
         reference.in_proj_bias.copy_(torch.cat([attn.q.bias, attn.kv.bias]))
         reference.out_proj.load_state_dict(attn.proj.state_dict())
-        reduced = attn.reduce(x, (7, 5))
+        reduced = attn.reduce(x, Grids((7, 5), 2))
         # 7 x 5 queries are padded to 8 x 6 for ratio 2.
         assert reduced.shape == (2, 4 * 3, 12)
         expected = reference(x, reduced, reduced)[0]
-        actual, _ = attn(x, (7, 5), LayerScores())
+        actual, _ = attn(x, Grids((7, 5), 2), LayerScores())
     assert_same(actual, expected)
 
 
 def test_spatial_reduction_pads_with_zeros_at_the_bottom_and_right():
-    attn = build(VanillaAttention)
+    attn = vanilla()
     x = torch.randn(1, 35, 12, dtype=torch.double)
     padded = torch.zeros(1, 8, 6, 12, dtype=torch.double)
     padded[:, :7, :5] = x.view(1, 7, 5, 12)
     torch.testing.assert_close(
-        attn.reduce(x, (7, 5)), attn.reduce(padded.flatten(1, 2), (8, 6)))
+        attn.reduce(x, Grids((7, 5), 2)), attn.reduce(padded.flatten(1, 2), Grids((8, 6), 2)))
 
 
 @pytest.mark.parametrize('path', ['auto', 'factored', 'materialised'])
@@ -210,23 +264,22 @@ def test_spatial_reduction_pads_with_zeros_at_the_bottom_and_right():
 def test_fresh_less_attention_repeats_its_predecessor(path, grid):
     torch.manual_seed(0)
     x = torch.randn(2, math.prod(grid), 12, dtype=torch.double)
-    va = build(VanillaAttention, path)
-    la = build(LessAttention, path, q_base_grid=(4, 4), k_base_grid=(2, 2))
+    va = vanilla(path)
+    la = less()
     with torch.no_grad():
-        _, before = va(x, grid, LayerScores())
-        out, after = la(torch.randn_like(x), grid, before)
+        _, before = va(x, Grids(grid, 2), LayerScores())
+        out, after = la(torch.randn_like(x), Grids(grid, 2), before)
     assert_same(after.dense(), before.dense(), 0)
     assert out.shape == x.shape
 
     nn.init.normal_(la.theta.weight)
     with torch.no_grad():
-        _, after = la(x, grid, before)
+        _, after = la(x, Grids(grid, 2), before)
     assert (after.dense() - before.dense()).abs().max() > 1e-2
 
 
 def test_pooled_values_are_means_of_the_windows():
-    la = build(LessAttention, q_base_grid=(4, 4), k_base_grid=(2, 2),
-               reduction='pool')
+    la = less('pool')
     assert not any('reduction' in name for name, _ in la.named_parameters())
     x = torch.randn(1, 35, 12, dtype=torch.double)
     rows = x.view(7, 5, 12)
@@ -234,7 +287,7 @@ def test_pooled_values_are_means_of_the_windows():
         rows[i:i + 2, j:j + 2].mean((0, 1)) for i in range(0, 7, 2)
         for j in range(0, 5, 2)
     ])
-    torch.testing.assert_close(la.reduce(x, (7, 5))[0], expected)
+    torch.testing.assert_close(la.reduce(x, Grids((7, 5), 2))[0], expected)
 
 
 @pytest.mark.parametrize('grid, most, ratio', [
@@ -242,10 +295,10 @@ def test_pooled_values_are_means_of_the_windows():
     ((50, 84), 14, 6), ((5, 5), 1, 6)])
 def test_max_key_grid_pools_before_the_reduction(grid, most, ratio):
     """Square windows, the smallest multiple of the ratio that suffices."""
-    attn = build(VanillaAttention)
-    attn.max_key_grid = most
-    assert attn.ratio(grid) == ratio
-    assert max(attn.key_grid(grid)) <= most
+    attn = vanilla()
+    grids = Grids.of(grid, 2, most)
+    assert grids.ratio == ratio
+    assert max(grids.keys) <= most
     x = torch.randn(1, math.prod(grid), 12, dtype=torch.double)
     step = ratio // 2
     rows = x.view(*grid, 12)
@@ -254,13 +307,13 @@ def test_max_key_grid_pools_before_the_reduction(grid, most, ratio):
         for i in range(0, grid[0], step) for j in range(0, grid[1], step)
     ])[None]
     pooled_grid = tuple(math.ceil(size / step) for size in grid)
-    reduced = attn.reduce(x, grid)
-    assert reduced.shape[1] == math.prod(attn.key_grid(grid))
+    reduced = attn.reduce(x, grids)
+    assert reduced.shape[1] == math.prod(grids.keys)
     torch.testing.assert_close(reduced, attn.reduction(pooled, pooled_grid))
 
 
 def test_less_attention_projects_neither_q_nor_k():
-    la = build(LessAttention, q_base_grid=(4, 4), k_base_grid=(2, 2))
+    la = less()
     names = {name.split('.')[0] for name, _ in la.named_parameters()}
     assert names == {'reduction', 'proj', 'v', 'theta', 'psi'}
 
@@ -269,15 +322,15 @@ def test_less_attention_projects_neither_q_nor_k():
 def test_own_and_inherited_scores_are_summed(path):
     """softmax(S_own + S_inherited) V, whichever way it is computed."""
     torch.manual_seed(0)
-    va = build(VanillaAttention, path)
+    va = vanilla(path)
     x = torch.randn(2, 16, 12, dtype=torch.double)
     source = random_factors(2, (8, 8), (2, 2))
     downsample = AttentionDownsample(2, 3, 2).double()
     nn.init.normal_(downsample.mix)
     with torch.no_grad():
         inherited = downsample(source, (8, 8))
-        out, scores = va(x, (4, 4), LayerScores(inherited=inherited))
-        v = va.kv(va.reduce(x, (4, 4)))[..., 12:].unflatten(2, (3, 4))
+        out, scores = va(x, Grids((4, 4), 2), LayerScores(inherited=inherited))
+        v = va.kv(va.reduce(x, Grids((4, 4), 2)))[..., 12:].unflatten(2, (3, 4))
         probs = (scores.own.dense() + inherited.dense()).softmax(-1)
         expected = va.proj(merge_heads(probs @ v.transpose(1, 2)))
     assert_same(out, expected)

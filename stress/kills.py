@@ -1,6 +1,6 @@
 """Kills a training again and again, and compares it with one left alone.
 
-    python tests/stress.py DIR [--kills 20] [--by-iter] [--drop-path]
+    python stress/kills.py DIR [--kills 20] [--by-iter] [--random]
 
 Every other SIGKILL comes while a checkpoint is being written, the rest 4 to 9
 seconds after the start of the process. Each time the training goes on with
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from builders import digits_config
+from builders import RANDOM_IMAGES, digits_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,7 +67,7 @@ def being_written(work_dir: Path, since: float) -> set:
 
 
 def final_state(work_dir: Path) -> dict:
-    from mmlavit.checkpoints import load_from_local
+    from mmlavit.engine.safe_loading import load_from_local
     path = (work_dir / 'last_checkpoint').read_text()
     checkpoint = load_from_local(path)
     moments = checkpoint['optimizer']['state'].items()
@@ -86,25 +86,34 @@ def main() -> None:
     parser.add_argument('--epochs', type=int, default=80)
     parser.add_argument('--by-iter', action='store_true',
                         help='iteration-based loop')
-    parser.add_argument('--drop-path', action='store_true',
-                        help='with randomness that a checkpoint does not hold')
+    parser.add_argument('--random', action='store_true',
+                        help='with drop path, random crops and flips')
+    parser.add_argument('--workers', type=int, default=0,
+                        help='persistent workers that load the images; default: 0')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
     args.dir.mkdir(parents=True, exist_ok=True)
     data = args.dir / 'digits'
     subprocess.run([sys.executable, ROOT / 'tools/make_digits.py', data,
                     '--train', '2', '--val', '2'], check=True)
-    options = dict(train_cfg__max_epochs=args.epochs)
+    options = dict(
+        train_dataloader__num_workers=args.workers,
+        train_dataloader__persistent_workers=args.workers > 0)
+    if args.random:
+        options.update(
+            model__backbone__drop_path_rate=0.2,
+            train_dataloader__dataset__pipeline=RANDOM_IMAGES)
     if args.by_iter:
-        options = dict(
+        options.update(
             train_cfg=dict(_delete_=True, by_epoch=False,
                            max_iters=args.epochs * 4),
             train_dataloader__sampler__type='InfiniteSampler',
             param_scheduler__by_epoch=False)
+    else:
+        options.update(train_cfg__max_epochs=args.epochs)
     config = args.dir / 'config.py'
     digits_config(
         data,
-        model__backbone__drop_path_rate=0.2 * args.drop_path,
         default_hooks__checkpoint=dict(
             type='CheckpointHook', interval=4 if args.by_iter else 1,
             by_epoch=not args.by_iter, max_keep_ckpts=2),

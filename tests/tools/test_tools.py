@@ -15,9 +15,9 @@ import pytest
 from mmengine.config import Config
 
 from mmlavit import launch
-from mmlavit.checkpoints import load_from_local
+from mmlavit.engine.safe_loading import load_from_local
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(*command, check=True, **env) -> str:
@@ -289,8 +289,8 @@ def test_wheel_ships_configs_and_tools_for_mim(tmp_path):
         '--no-build-isolation', '-w', tmp_path, source)
     wheel = next(tmp_path.glob('mmlavit-*.whl'))
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {f'mmlavit/.mim/configs/{path.name}'
-            for path in (ROOT / 'configs').glob('*.py')} <= names
+    assert {f'mmlavit/.mim/{path.relative_to(ROOT)}'
+            for path in (ROOT / 'configs').rglob('*.py')} <= names
     assert {'mmlavit/.mim/tools/train.py', 'mmlavit/.mim/model-index.yml',
-            'mmlavit/lavit.py'} <= names
+            'mmlavit/models/backbones/lavit.py'} <= names
     assert not [name for name in names if name.startswith(('tests', 'tools'))]

@@ -5,30 +5,29 @@ import pickle
 import signal
 import subprocess
 import sys
-import threading
-import uuid
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from builders import ARCH, cpu_autocast, digits_config
+from builders import (ARCH, RANDOM_IMAGES, assert_same, cpu_autocast, digits_config,
+                      make_runner, train)
 from mmengine.config import Config
 from mmengine.fileio import dump, get_file_backend
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
-from mmengine.runner import Runner
 from mmengine.runner.checkpoint import _load_checkpoint
 
-from mmlavit import LaViT, checkpoints
-from mmlavit.invalid_loss import InvalidLossHook
+from mmlavit import LaViT
+from mmlavit.engine import safe_loading
+from mmlavit.engine.checkpoint_hook import as_plain_data
+from mmlavit.engine.invalid_loss import InvalidLossHook
 from mmlavit.launch import find_script
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # What is for old torch runs on a new one too, but not the other way round.
-LOADERS = [True, False] if checkpoints.SAFE_BY_DEFAULT else [False]
+LOADERS = [True, False] if safe_loading.SAFE_BY_DEFAULT else [False]
 
 
 class Call:
@@ -41,23 +40,6 @@ class Call:
         return self.call[0], self.call[1:]
 
 
-def make_runner(config: Config, work_dir: Path, **options) -> Runner:
-    config.update(
-        work_dir=str(work_dir), experiment_name=uuid.uuid4().hex, **options)
-    return Runner.from_cfg(config)
-
-
-def train(config: Config, work_dir: Path, **options) -> dict:
-    """The weights after a training in this process."""
-    return make_runner(config, work_dir, **options).train().state_dict()
-
-
-def assert_same(ours: dict, theirs: dict) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        assert torch.equal(value, theirs[name]), name
-
-
 @pytest.fixture(scope='module')
 def trained(digits, tmp_path_factory) -> Path:
     """Three epochs that nothing disturbed."""
@@ -67,7 +49,7 @@ def trained(digits, tmp_path_factory) -> Path:
 
 
 def weights(path: Path) -> dict:
-    return checkpoints.load_from_local(str(path))['state_dict']
+    return safe_loading.load_from_local(str(path))['state_dict']
 
 
 # Files ----------------------------------------------------------------------
@@ -88,6 +70,16 @@ def bad_file(kind: str, path: Path, good: Path) -> None:
         path.write_bytes(pickle.dumps(Call(os.mkdir, ran), protocol=2))
     elif kind == 'a list':
         torch.save([torch.zeros(3)], path)
+    elif kind == 'no weights':
+        torch.save(dict(state_dict=None), path)
+    elif kind == 'a nameless weight':
+        torch.save(dict(state_dict={('a', 1): torch.zeros(3)}), path)
+    elif kind in ('blown up', 'twice the same'):
+        torch.save(dict(x=torch.zeros(3)), path)
+        with zipfile.ZipFile(path, 'a', zipfile.ZIP_DEFLATED) as archive:
+            name = archive.namelist()[0]
+            archive.writestr(*(('more', bytes(10**7)) if kind == 'blown up'
+                               else (name, archive.read(name))))
     else:
         path.write_bytes(dict(empty=b'', text=b'hello, this is text\n',
                               picture=b'\x89PNG\r\n\x1a\n' + bytes(99))[kind])
@@ -100,14 +92,17 @@ BAD = dict(
        'code by getattr of a tensor': "could run code.*'backward'",
        'code in an old file': 'could run code',
        'code in a plain pickle': 'could run code',
-       'a list': 'holds a list'})
+       'a list': 'holds a list', 'no weights': 'state_dict is a NoneType',
+       'a nameless weight': r"the name \('a', 1\), a tuple",
+       'blown up': 'unpacked to 1000[0-9]{4} bytes',
+       'twice the same': 'two entries of one name'})
 
 
 @pytest.mark.parametrize('kind', BAD)
 @pytest.mark.parametrize('new_torch', LOADERS)
 def test_bad_files_are_refused_by_name_and_unrun(kind, new_torch, trained,
                                                  tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, 'SAFE_BY_DEFAULT', new_torch)
+    monkeypatch.setattr(safe_loading, 'SAFE_BY_DEFAULT', new_torch)
     path = tmp_path / 'bad.pth'
     bad_file(kind, path, trained / 'epoch_1.pth')
     before = path.read_bytes()
@@ -122,7 +117,7 @@ def test_bad_files_are_refused_by_name_and_unrun(kind, new_torch, trained,
 @pytest.mark.parametrize('new_torch', LOADERS)
 def test_log_and_optimizer_of_a_checkpoint_are_read(new_torch, trained,
                                                     tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, 'SAFE_BY_DEFAULT', new_torch)
+    monkeypatch.setattr(safe_loading, 'SAFE_BY_DEFAULT', new_torch)
     read = _load_checkpoint(str(trained / 'epoch_3.pth'), map_location='cpu')
     assert isinstance(read['message_hub']['log_scalars']['train/loss'],
                       HistoryBuffer)
@@ -134,19 +129,6 @@ def test_log_and_optimizer_of_a_checkpoint_are_read(new_torch, trained,
     torch.save(saved, tmp_path / 'x.pth')
     read = _load_checkpoint(str(tmp_path / 'x.pth'))
     assert str(read) == str(saved)
-
-
-@pytest.fixture
-def served(tmp_path, monkeypatch):
-    """A folder, and its address on this machine."""
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
-    folder = tmp_path / 'served'
-    folder.mkdir()
-    server = ThreadingHTTPServer(('127.0.0.1', 0), partial(
-        SimpleHTTPRequestHandler, directory=folder))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield folder, f'http://127.0.0.1:{server.server_port}'
-    server.shutdown()
 
 
 @pytest.mark.parametrize('kind', ['code', 'code in an old file', 'text'])
@@ -193,13 +175,13 @@ def test_what_a_training_writes_it_can_read(digits, tmp_path):
     (tmp_path / 'parts').mkdir()
     (tmp_path / 'whole/epoch_2.pth').rename(tmp_path / 'parts/epoch_2.pth')
     assert_same(train(config, tmp_path / 'parts', resume=True), whole)
-    meta = checkpoints.load_from_local(
+    meta = safe_loading.load_from_local(
         str(tmp_path / 'whole/epoch_3.pth'))['meta']['dataset_meta']
     assert meta['classes'] == tuple('0123456789')
     assert meta['info'] == dict(by=[dict(a=1)], colours=[7])
     odd = dict(path=tmp_path, array=np.array(['a']), number=np.float64(2), f=print,
                other=object(), tensor=torch.ones(1), none=None, yes=True)
-    assert checkpoints.plain(odd) == dict(
+    assert as_plain_data(odd) == dict(
         path=str(tmp_path), array=['a'], number=2., other=None,
         tensor=torch.ones(1), none=None, yes=True)
 
@@ -271,7 +253,8 @@ def test_a_test_with_weights_of_another_toolbox_stops(digits, trained,
     with pytest.raises(ValueError, match='not of this model') as error:
         runner.test()
     assert str(error.value).startswith(f'{path}: ')
-    assert 'missing keys in source state_dict: backbone.norm1' in str(
+    assert 'weights are missing: ' in str(error.value)
+    assert 'backbone.stages.1.norm.weight, ' in str(
         error.value)
     # To begin a training with is another thing.
     runner = make_runner(detector(digits), tmp_path, load_from=path)
@@ -283,7 +266,7 @@ def test_a_test_with_weights_of_another_toolbox_stops(digits, trained,
 
 
 @pytest.mark.parametrize('options, named', [
-    (dict(resume=True), '198 missing keys in source state_dict: backbone.stages'),
+    (dict(resume=True), '198 weights are missing: backbone.stages'),
     (dict(), '0 of its 2 weights fit the model'),
 ])
 def test_training_goes_on_with_nothing_else(options, named, digits, tmp_path):
@@ -316,7 +299,7 @@ def test_the_stock_tools_refuse_them_too(digits, tmp_path):
 # Kills and full disks -------------------------------------------------------
 KILLED_WHILE_WRITING = '''
 import os, runpy, signal, sys
-import mmlavit.checkpoints
+import mmlavit
 replace = os.replace
 def kill_at_the_second(part, path):
     if path.endswith('epoch_2.pth'):
@@ -406,6 +389,8 @@ def test_full_disk_leaves_the_last_checkpoint(digits, trained, tmp_path,
     assert [path.name for path in tmp_path.glob('*.pth*')] == ['epoch_1.pth']
     resumed = train(config, tmp_path, resume=True)
     assert_same(resumed, weights(trained / 'epoch_3.pth'))
+    assert all('max_keep_ckpts=1 keeps 2' in path.read_text()
+               for path in tmp_path.glob('*/*.log'))
 
 
 def test_files_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -500,13 +485,7 @@ def test_deterministic_mode_gives_the_same_weights_twice(digits, tmp_path):
         digits,
         model__backbone__drop_path_rate=0.3,
         model__backbone__dp_loss=dict(),
-        train_dataloader__dataset__pipeline=[
-            dict(type='LoadImageFromFile'),
-            dict(type='Resize', scale=40),
-            dict(type='RandomCrop', crop_size=32),
-            dict(type='RandomFlip', prob=0.5),
-            dict(type='PackInputs')
-        ],
+        train_dataloader__dataset__pipeline=RANDOM_IMAGES,
         train_cfg__max_epochs=2)
     torch.use_deterministic_algorithms(False)
     try:

@@ -1,0 +1,101 @@
+"""Published files."""
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mmengine.hooks import EMAHook
+from mmengine.logging import HistoryBuffer
+
+from builders import ARCH, randomise
+from mmlavit import LaViT
+from mmlavit.checkpoints.publish import publish
+from mmlavit.engine.safe_loading import load_from_local
+
+
+@pytest.fixture
+def trained(tmp_path) -> Path:
+    """A checkpoint as mmengine's training writes it."""
+    model = LaViT(arch=ARCH)
+    history = HistoryBuffer()
+    history.update(1.)
+    path = tmp_path / 'run' / 'epoch_3.pth'
+    path.parent.mkdir()
+    weights = {f'backbone.{k}': v for k, v in model.state_dict().items()}
+    torch.save(
+        dict(
+            meta=dict(cfg='a = 1', epoch=3, iter=9,
+                      dataset_meta=dict(classes=('x', 'y'))),
+            state_dict=weights,
+            message_hub=dict(log_scalars=dict(loss=history)),
+            optimizer=dict(state={0: torch.rand(1000, 1000)})), path)
+    return path
+
+
+def test_published_file_is_small_hashed_and_plain(trained, tmp_path):
+    log = trained.parent / '20250101_000000' / 'vis_data' / 'scalars.json'
+    log.parent.mkdir(parents=True)
+    log.write_text('\n'.join(map(json.dumps, (
+        {'accuracy/top1': 40., 'step': 2}, {'accuracy/top1': 50., 'step': 3},
+        {'loss': 1., 'step': 3}, {'accuracy/top1': 60., 'step': 4}))))
+    written = publish(trained, tmp_path / 'out' / 'lavit.pth')
+    final, = (tmp_path / 'out').iterdir()
+    assert final.samefile(written)
+    sha = hashlib.sha256(final.read_bytes()).hexdigest()
+    assert final.name == f'lavit-{sha[:8]}.pth'
+    assert final.stat().st_size < trained.stat().st_size / 2
+    # In a process that knows neither mmengine nor mmlavit.
+    code = ('import sys, torch; '
+            f'x = torch.load({str(final)!r}, weights_only=True); '
+            "assert not {'mmengine', 'mmlavit'} & set(sys.modules); "
+            "print(sorted(x), x['meta'])")
+    out = subprocess.run([sys.executable, '-c', code], check=True, text=True,
+                         stdout=subprocess.PIPE).stdout
+    for word in ("['meta', 'state_dict']", "'cfg': 'a = 1'", "('x', 'y')",
+                 "'accuracy/top1': 50.0", "'epoch': 3"):
+        assert word in out
+    model = LaViT(arch=ARCH, init_cfg=dict(
+        type='Pretrained', checkpoint=str(final), prefix='backbone.'))
+    model.init_weights()
+    state = load_from_local(str(trained))['state_dict']
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[f'backbone.{name}'])
+
+
+def test_the_moving_average_is_published(tmp_path):
+    """mmengine's hook puts it where the weights are, for it was validated."""
+    model = LaViT(arch=ARCH)
+    hook = EMAHook()
+    hook.before_run(SimpleNamespace(model=model))
+    randomise(model)
+    averaged = {k: v + 1 for k, v in model.state_dict().items()}
+    hook.ema_model.module.load_state_dict(averaged)
+    checkpoint = dict(state_dict=dict(model.state_dict()))
+    hook.before_save_checkpoint(SimpleNamespace(model=model), checkpoint)
+    source = tmp_path / 'epoch_1.pth'
+    torch.save(checkpoint, source)
+    final = publish(source, tmp_path / 'x.pth')
+    published = torch.load(final, weights_only=True)['state_dict']
+    assert set(published) == set(averaged)
+    assert all(torch.equal(published[k], averaged[k]) for k in averaged)
+
+
+def test_results_of_a_test_take_precedence(trained, tmp_path):
+    final = publish(trained, tmp_path / 'x.pth', {'AP': .5})
+    meta = torch.load(final, weights_only=True)['meta']
+    assert meta['figures'] == {'AP': .5}
+
+
+def test_files_that_cannot_be_published_are_named(tmp_path):
+    path = tmp_path / 'x.pth'
+    path.write_bytes(b'no checkpoint')
+    with pytest.raises(ValueError, match='x.pth: this is no checkpoint'):
+        publish(path, tmp_path / 'y.pth')
+    torch.save(dict(a=1), path)
+    with pytest.raises(ValueError, match='x.pth: no state_dict'):
+        publish(path, tmp_path / 'y.pth')
+    assert [p.name for p in tmp_path.iterdir()] == ['x.pth']

@@ -1,0 +1,286 @@
+"""Exported files against the models they were made of, at sizes never seen."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from torch import nn
+
+from builders import digits_config, randomise
+from mmlavit import LaViT
+from mmlavit.analysis.building import build_model
+from mmlavit.models.layers.grid import region_means
+
+if not hasattr(torch.compiler, 'is_exporting'):
+    pytest.skip('torch is too old to export', allow_module_level=True)
+onnx = pytest.importorskip('onnx')
+pytest.importorskip('onnxscript')
+onnxruntime = pytest.importorskip('onnxruntime')
+
+from mmlavit.export import parts, programs, verify  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+# Every kind of layer: VA, LA, and scores inherited across stages.
+BACKBONE = dict(
+    type='LaViT',
+    arch=dict(
+        embed_dims=(8, 16),
+        depths=(2, 1),
+        num_heads=(1, 2),
+        num_va_layers=(1, 0)),
+    sr_ratios=(8, 4),
+    pretrain_img_size=64,
+    out_indices=(0, 1))
+
+
+class Bare(parts.Part):
+    """A module as it is."""
+    task = 'backbone'
+    outputs = ['out']
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images):
+        return (self.module(images), )
+
+
+def as_onnx(part: parts.Part, path: Path) -> Path:
+    programs.to_onnx(programs.export_program(part), part, path)
+    return path
+
+
+def run(*command) -> str:
+    result = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, timeout=300)
+    assert result.returncode == 0, result.stdout[-4000:]
+    return result.stdout
+
+
+ONE_STAGE = dict(  # for time: symbolic ratios take torch long
+    arch=dict(embed_dims=(8, ), depths=(2, ), num_heads=(1, ), num_va_layers=(1, )),
+    sr_ratios=(8, ),
+    out_indices=(0, ),
+    max_key_grid=3,
+    value_reduction='pool')
+
+
+@pytest.mark.parametrize('options', [dict(), ONE_STAGE], ids=['auto', 'options'])
+def test_backbone_at_sizes_that_are_not_the_examples(options, tmp_path):
+    model = nn.Module()
+    model.backbone = randomise(
+        LaViT(**{k: v for k, v in {**BACKBONE, **options}.items() if k != 'type'}))
+    part = parts.choose_part(model, 'backbone')
+    program = programs.export_program(part)
+    path, half, pt2 = (tmp_path / x for x in ('x.onnx', 'half.onnx', 'x.pt2'))
+    programs.to_onnx(program, part, path)
+    sizes = [*verify.SIZES, (2, 33, 35), (1, 64, 64)]  # the base grid's too
+
+    def worst(path, runtime='onnxruntime'):
+        return max(row['difference'] for row in verify.largest_differences(
+            part, path, runtime, sizes))
+
+    assert worst(path) < 1e-5
+    half.write_bytes(path.read_bytes())
+    programs.halve_weights(half)
+    assert 1e-5 < worst(half) < 1e-2
+    assert half.stat().st_size < path.stat().st_size
+    programs.to_pt2(program, pt2)
+    assert worst(pt2, 'torch') < 1e-5
+    assert dict(programs.count_operators(path))['Conv']
+    try:
+        import openvino  # noqa: F401
+    except ImportError:
+        return
+    assert worst(path, 'openvino') < 1e-5
+
+
+def test_area_pooling_in_float64(tmp_path):
+    part = Bare(nn.AdaptiveAvgPool2d((5, 3))).double()
+    part.example = lambda *size: (torch.rand(size[0], 3, *size[1:]).double(), )
+    run_onnx = verify.load(as_onnx(part, tmp_path / 'x.onnx'), 'onnxruntime')
+    for size in [(5, 3), (1, 1), (7, 14), (4, 50), (123, 31)]:
+        x = torch.rand(2, 3, *size, dtype=torch.float64)
+        torch.testing.assert_close(
+            run_onnx(x)[0], F.adaptive_avg_pool2d(x, (5, 3)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('size', [1, 5, 8, 13])
+@pytest.mark.parametrize('ratio', [1, 3, 8, 20])
+def test_means_over_regions_as_products(size, ratio):
+    x = torch.rand(1, 1, size, 1, dtype=torch.float64)
+    expected = F.avg_pool2d(
+        x, (ratio, 1), ceil_mode=True, count_include_pad=False)
+    torch.testing.assert_close(
+        region_means(size, ratio, x) @ x, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('as_node', [False, True])
+def test_frozen_sizes_are_named(as_node):
+    """149 and 181 are a grid of the example; 64 might be a number of channels."""
+    shape = onnx.numpy_helper.from_array(np.int64([-1, 64, 149 * 181]), 'shape')
+    nodes = [onnx.helper.make_node('Reshape', ['x', 'shape'], ['y'], 'to_tokens')]
+    if as_node:
+        nodes.insert(0, onnx.helper.make_node('Constant', [], ['shape'],
+                                              value=shape))
+    graph = onnx.helper.make_graph(nodes, 'g', [], [],
+                                   [] if as_node else [shape])
+    found = list(programs.frozen_sizes(onnx.helper.make_model(graph)))
+    assert found == ["Reshape 'to_tokens': 26969"]
+
+
+def segmentor(head: dict, neck=None) -> nn.Module:
+    head = dict(in_index=[0, 1], channels=8, num_classes=5, align_corners=False,
+                loss_decode=dict(type='CrossEntropyLoss'), **head)
+    model = build_model(Config(dict(
+        default_scope='mmseg',
+        model=dict(type='EncoderDecoder', backbone=BACKBONE, decode_head=head,
+                   neck=neck, test_cfg=dict(mode='whole')))))
+    return randomise(model)
+
+
+@pytest.mark.parametrize('head, neck', [
+    (dict(type='UPerHead', in_channels=[8, 16], pool_scales=(1, 2, 3)), None),
+    (dict(type='FPNHead', in_channels=[8, 8], feature_strides=[4, 8]),
+     dict(type='FPN', in_channels=[8, 16], out_channels=8, num_outs=2))
+], ids=['UPerNet', 'Semantic FPN'])
+def test_segmentors_with_stock_heads(head, neck, tmp_path):
+    part = parts.choose_part(segmentor(head, neck), 'model')
+    rows = verify.largest_differences(
+        part, as_onnx(part, tmp_path / 'x.onnx'), 'onnxruntime',
+        [(1, 97, 161), (3, 64, 40)])
+    assert max(row['difference'] for row in rows) < 1e-4
+
+
+def test_wrong_parts_are_named():
+    model = segmentor(dict(type='UPerHead', in_channels=[8, 16],
+                           pool_scales=(1, 2, 3)))
+    with pytest.raises(ValueError, match="part='end-to-end': EncoderDecoder"):
+        parts.choose_part(model, 'end-to-end')
+    config = detector_config(Path('data'))
+    config.model.bbox_head.loss_cls = dict(type='CrossEntropyLoss')
+    with pytest.raises(ValueError, match='loss_cls=.*use_sigmoid=True'):
+        parts.choose_part(build_model(config), 'end-to-end')
+    config = detector_config(Path('data'))
+    config.model.test_cfg.nms.type = 'soft_nms'
+    with pytest.raises(ValueError, match="test_cfg.nms=.*expected .*'nms'"):
+        parts.choose_part(build_model(config), 'end-to-end')
+
+
+def test_weights_beyond_float16_are_named(tmp_path):
+    part = Bare(nn.Conv2d(3, 400, 1))
+    part.module.weight.data[0] = 1e6
+    path = as_onnx(part, tmp_path / 'x.onnx')
+    with pytest.raises(ValueError, match='module.weight.*1e[+]06'):
+        programs.halve_weights(path)
+
+
+def detector_config(digits: Path) -> Config:
+    """The demo's, smaller."""
+    config = Config.fromfile(ROOT / 'configs/retinanet_lavit_digits.py')
+    for loader in (config.val_dataloader, config.test_dataloader):
+        loader.dataset.data_root = f'{digits}/'
+    config.model.backbone = BACKBONE
+    config.model.neck.update(in_channels=[8, 16], out_channels=8, num_outs=2)
+    config.model.bbox_head.update(num_ins=2, in_channels=8, feat_channels=8)
+    config.model.bbox_head.anchor_generator.strides = [4, 8]
+    return config
+
+
+def save(model: nn.Module, config: Config, folder: Path, classes) -> tuple:
+    """A config and a checkpoint as a training leaves them."""
+    paths = folder / 'config.py', folder / 'epoch_1.pth'
+    config.dump(paths[0])
+    torch.save(dict(meta=dict(dataset_meta=dict(classes=classes)),
+                    state_dict=model.state_dict()), paths[1])
+    return paths
+
+
+def predictions(folder: Path) -> dict:
+    return json.loads((folder / 'predictions.json').read_text())
+
+
+def as_dets(result: dict) -> tuple:
+    dets = np.column_stack([result['bboxes'], result['scores']])
+    labels = torch.tensor([int(label) for label in result['labels']])
+    return torch.from_numpy(dets)[None], labels[None]
+
+
+def run_without_torch(script: str, *argv) -> str:
+    code = ("import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
+            "runpy.run_path(sys.argv[0], run_name='__main__')")
+    return run('-c', code, script, *argv)
+
+
+def test_detector_end_to_end_finds_the_frameworks_boxes(digits, tmp_path):
+    config = detector_config(digits)
+    model = build_model(config)
+    model.init_weights()
+    randomise(model.backbone)
+    # Boxes of several classes, with scores that differ.
+    for conv in model.bbox_head.modules():
+        if isinstance(conv, nn.Conv2d):
+            nn.init.kaiming_normal_(conv.weight)
+    nn.init.constant_(model.bbox_head.retina_cls.bias, -3.)
+    model.bbox_head.retina_reg.weight.data.mul_(.1)
+    paths = save(model, config, tmp_path, tuple('0123456789'))
+    path, images = tmp_path / 'detector.onnx', digits / 'images/val'
+    report = run('tools/export.py', *paths, path, '--part', 'end-to-end', '--verify')
+    assert '1 NonMaxSuppression' in report and '| 3     | 97' in report
+
+    run_without_torch(
+        'tools/infer_onnx.py', path, images, '--out', tmp_path / 'onnx')
+    report = run('tools/infer.py', *paths, f'{images}/*.png', '--out',
+                 tmp_path / 'stock', '--batch-size', '3', '--device', 'cpu')
+    assert '4 images' in report
+    found, expected = predictions(tmp_path / 'onnx'), predictions(tmp_path / 'stock')
+    assert found.keys() == expected.keys() and len(found) == 4
+    for name, stock in expected.items():
+        assert 5 < len(stock['scores']) and len(set(stock['labels'])) > 1
+        assert verify.unmatched(*as_dets(found[name]), *as_dets(stock)) < 1e-4
+        for kind in ('onnx', 'stock'):
+            assert (tmp_path / kind / 'pictures' / name).stat().st_size
+
+
+def test_classifier_by_three_ways(digits, tmp_path):
+    images = digits / 'classes/val'
+    config = digits_config(digits)
+    config.model.backbone = dict(BACKBONE, out_indices=(1, ))
+    config.model.head.in_channels = 16
+    pipeline = [dict(type='LoadImageFromFile'),
+                dict(type='ResizeEdge', scale=48, edge='short', backend='pillow',
+                     interpolation='bicubic'),
+                dict(type='CenterCrop', crop_size=40), dict(type='PackInputs')]
+    config.test_dataloader = dict(dataset=dict(
+        type='CustomDataset', data_root=str(images), pipeline=pipeline))
+    model = randomise(build_model(config))
+    paths = save(model, config, tmp_path, tuple('abcdefghij'))
+    file = sorted(images.rglob('*.png'))[3]
+    run('tools/export.py', *paths, tmp_path / 'x.onnx')
+    run_without_torch(
+        'tools/infer_onnx.py', tmp_path / 'x.onnx', file, '--out', tmp_path / 'onnx')
+    (tmp_path / 'images').mkdir()
+    (tmp_path / f'images/{file.name}').write_bytes(file.read_bytes())
+    (tmp_path / 'images/broken.jpg').write_bytes(b'no image')
+    report = run('tools/infer.py', *paths, tmp_path / 'images', '--out',
+                 tmp_path / 'stock', '--device', 'cpu')
+    assert 'images/broken.jpg' in report and '1 files skipped' in report
+    ours, stock = (predictions(tmp_path / x)[file.name] for x in ('onnx', 'stock'))
+    assert ours['label'] == stock['label'] and ours['label'] in 'abcdefghij'
+    assert ours['score'] == pytest.approx(stock['score'], rel=1e-4)
+    assert (tmp_path / f'stock/pictures/{file.name}').stat().st_size
+
+
+@pytest.mark.parametrize('tool', ['export', 'infer', 'infer_onnx'])
+def test_help_waits_for_no_torch(tool):
+    """It says the default and an example of each option."""
+    text = run_without_torch(f'tools/{tool}.py', '--help')
+    options = text.split('options:')[1].split('\n  --')[1:]
+    assert options and all('default:' in option for option in options)

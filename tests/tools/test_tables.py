@@ -1,0 +1,58 @@
+"""tools/tables.py, run as users run it."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / 'configs'
+
+
+def write_log(work_dir: Path, run: str, *lines) -> None:
+    folder = work_dir / run / 'vis_data'
+    folder.mkdir(parents=True)
+    (folder / 'scalars.json').write_text('\n'.join(map(json.dumps, lines)))
+
+
+def test_run_starts_resumes_and_skips(tmp_path):
+    """With a stand-in for bash, which would run the scripts."""
+    (tmp_path / 'published.yml').write_text(
+        'classification:\n  - {model: A, config: a.py}\n'
+        '  - {model: B, config: b.py}\n  - {model: U, config: u.py}\n'
+        '  - {model: C, config: c.py}\n')
+    for name in 'abuc':
+        (tmp_path / f'{name}.py').write_text(
+            f"_base_ = {str(CONFIGS / 'lavit_t_in1k.py')!r}\n"
+            'train_cfg = dict(max_epochs=4)\n')
+    for name, epoch in (('a', 4), ('b', 3), ('u', 4)):
+        folder = tmp_path / 'work' / name
+        folder.mkdir(parents=True)
+        (folder / 'last_checkpoint').write_text(f'epoch_{epoch}.pth')
+        write_log(folder, '20250101_000000', {'accuracy/top1': 1., 'step': 3 + (name == 'a')})
+    (tmp_path / 'c.py').write_text(
+        f"_base_ = {str(CONFIGS / 'retinanet_lavit_t_coco.py')!r}\n")
+    (tmp_path / 'bash').write_text(
+        f'#!{sys.executable}\nimport sys\nprint("RAN", *sys.argv[1:])\n'
+        'sys.exit("c.py" in sys.argv[2])\n')
+    (tmp_path / 'bash').chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, ROOT / 'tools/tables.py', 'classification', '--run',
+         '--gpus', '2', '--published', 'published.yml', '--work-dirs', 'work',
+         '--train-args', '--amp'], cwd=tmp_path, text=True, capture_output=True,
+        env={**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}'})
+    assert '[1/4] A (a.py): complete, skipped' in done.stdout
+    assert '[2/4] B (b.py): resumed from epoch 3 of 4' in done.stdout
+    assert ('dist_train.sh b.py 2 --work-dir work/b --resume --amp\n'
+            in done.stdout)
+    # Cut off before its last validation: only tested.
+    assert '[3/4] U (u.py): complete, tested' in done.stdout
+    assert ('dist_test.sh u.py epoch_4.pth 2 --work-dir work/u/test\n'
+            in done.stdout)
+    # The pre-training is where this command trained it.
+    assert '[4/4] C (c.py): started' in done.stdout
+    assert ('--amp --cfg-options model.backbone.init_cfg.checkpoint='
+            'work/lavit_t_in1k/epoch_300.pth' in done.stdout)
+    # The last fails: said, and the exit code is not 0.
+    assert done.returncode == 1
+    assert 'exit code 1; its log is in work/c' in done.stderr

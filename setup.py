@@ -60,6 +60,7 @@ setup(
     install_requires=[],
     extras_require={
         'tools': requirements('tools.txt'),
+        'export': requirements('export.txt'),
         'tests': requirements('tests.txt'),
     },
     cmdclass={'build_py': BuildWithMim},

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from matplotlib.figure import Figure
 
-from mmlavit.logs import read_scalars
+from mmlavit.analysis.logs import read_scalars
 
 
 def parse_args() -> argparse.Namespace:
@@ -77,11 +77,13 @@ def main() -> None:
     sheet = args.work_dir / 'detections.png'
     plot(scalars, curve)
     make_sheet(pictures, sheet)
-    print(f'''
-loss        {losses[0]["loss"]:.3f} -> {losses[-1]["loss"]:.3f}
-AP / AP50   {ap:.3f} / {ap50:.3f} on held-out images of held-out digits
-curve       {curve}
-pictures    {sheet} (truth | detections); all in {pictures[0].parent}''')
+    print(f'''\
+    loss        {losses[0]["loss"]:.3f} -> {losses[-1]["loss"]:.3f}
+    AP / AP50   {ap:.3f} / {ap50:.3f} on held-out images of held-out digits
+    curve       {curve}
+    pictures    {sheet} (truth | detections)
+                {pictures[0].parent} (all)
+    full log    {args.work_dir / 'demo.log'}''')
 
     epoch = max(line.get('epoch', 0) for line in losses)
     if not math.isfinite(losses[-1]['loss']):
@@ -91,7 +93,7 @@ pictures    {sheet} (truth | detections); all in {pictures[0].parent}''')
     if ap < args.min_ap or ap50 < args.min_ap50:
         sys.exit(f'FAILED: expected at least AP {args.min_ap} and AP50 '
                  f'{args.min_ap50}.')
-    print('OK')
+    print('    OK')
 
 
 if __name__ == '__main__':

@@ -129,7 +129,8 @@ def write_split(out: Path, split: str, count: int, scans: np.ndarray,
     for folder in ('images', 'masks'):
         (out / folder / split).mkdir(parents=True)
     images, annotations = [], []
-    for i in tqdm(range(count), desc=f'{split} images', unit='image'):
+    for i in tqdm(range(count), desc=f'{split} images', unit='image',
+                  disable=None):
         name = f'{i:05d}.png'
         image, mask, boxes = compose(rng, scans, labels, args.size, args.digits)
         cv2.imwrite(str(out / 'images' / split / name), image)
@@ -159,7 +160,8 @@ def write_split(out: Path, split: str, count: int, scans: np.ndarray,
             tqdm(
                 list(zip(scans, labels)),
                 desc=f'{split} classes',
-                unit='image')):
+                unit='image',
+                disable=None)):
         image = texture(rng, 64)
         height = int(rng.integers(32, 57))
         paint(rng, image, scan, height, *rng.integers(0, 65 - height * 1.06, 2))

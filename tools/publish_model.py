@@ -10,84 +10,45 @@ checkpoint's validation, or of ``--results``, the JSON of a test; and puts the f
 ``lavit_t_in1k-1a2b3c4d.pth``.
 """
 import argparse
-import hashlib
 import json
-import os
+import sys
 from pathlib import Path
-from typing import Optional
-
-import torch
-
-import mmlavit
-from mmlavit.checkpoints import load_from_local, plain
-from mmlavit.logs import read_scalars
 
 
-def load(path: Path) -> dict:
-    """A checkpoint, by the safe loader."""
-    try:
-        checkpoint = load_from_local(str(path), map_location='cpu')
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(str(error))
-    if 'state_dict' not in checkpoint:
-        raise SystemExit(f'{path}: no state_dict in it: expected a checkpoint '
-                         'of tools/train.py')
-    return checkpoint
-
-
-def publish(source: Path, target: Path,
-            results: Optional[dict] = None) -> Path:
-    """Writes the published file; returns its path."""
-    checkpoint = load(source)
-    weights = checkpoint['state_dict']
-    meta = checkpoint.get('meta', {})
-    figures = (validation_of(source, meta) if results is None else
-               plain(results))
-    kept = {
-        key: plain(meta[key])
-        for key in ('cfg', 'dataset_meta', 'epoch', 'iter', 'experiment_name')
-        if key in meta
-    }
-    published = dict(
-        meta=dict(kept, mmlavit_version=mmlavit.__version__, figures=figures),
-        state_dict={k: v.clone() for k, v in weights.items()})
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f'{target.name}.part')
-    torch.save(published, part)
-    sha = hashlib.sha256(part.read_bytes()).hexdigest()
-    final = target.with_name(f'{target.stem}-{sha[:8]}.pth')
-    os.replace(part, final)
-    print(f'{final}: {final.stat().st_size / 1e6:.1f} MB, figures: '
-          f'{figures or "none found"}')
-    return final
-
-
-def validation_of(checkpoint: Path, meta: dict) -> dict:
-    """The figures of a checkpoint's validation, from the log beside it."""
-    # Validations are logged by epoch, or by iteration where there are none.
-    step = meta.get('epoch') or meta.get('iter')
-    found = [values for values in read_scalars(checkpoint.parent)
-             if 'loss' not in values and values.get('step') == step]
-    return {key: value for key, value in (found[-1] if found else {}).items()
-            if key not in ('time', 'data_time')}
-
-
-def main(args: Optional[list] = None) -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('checkpoint', type=Path)
-    parser.add_argument('target', type=Path, help='path without the hash')
     parser.add_argument(
-        '--results',
-        type=Path,
-        help="JSON that tools/test.py wrote; default: the training log's "
-        'validation of this checkpoint')
-    args = parser.parse_args(args)
-    if not args.checkpoint.is_file():
-        raise SystemExit(f'{args.checkpoint}: no such file')
-    publish(args.checkpoint, args.target,
-            json.loads(args.results.read_text()) if args.results else None)
+        'checkpoint', type=Path,
+        help='of tools/train.py; e.g. work_dirs/lavit_t_in1k/epoch_300.pth')
+    parser.add_argument(
+        'target', type=Path, help='path without the hash; e.g. lavit_t_in1k.pth')
+    parser.add_argument(
+        '--results', type=Path, metavar='FILE',
+        help='JSON that tools/test.py wrote; default: what the log beside the '
+        'checkpoint has of its validation; e.g. --results '
+        'work_dirs/test/20250101_000000/20250101_000000.json')
+    args = parser.parse_args()
+    for path in (args.checkpoint, args.results):
+        if path is not None and not path.is_file():
+            parser.error(f'{path}: no such file')
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    # After parsing: it takes seconds, which --help need not wait for.
+    from mmlavit.checkpoints.publish import publish
+    from mmlavit.engine.safe_loading import load_from_local
+    figures = json.loads(args.results.read_text()) if args.results else None
+    try:
+        final = publish(args.checkpoint, args.target, figures)
+    except ValueError as error:
+        sys.exit(str(error))
+    figures = load_from_local(str(final))['meta']['figures']
+    print(f'{final}: {final.stat().st_size / 1e6:.1f} MB, figures: '
+          f'{figures or "none found"}')
 
 
 if __name__ == '__main__':

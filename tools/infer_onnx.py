@@ -1,0 +1,222 @@
+"""Runs a file of tools/export.py on images with onnxruntime, without torch.
+
+    python tools/infer_onnx.py detector.onnx IMAGES --out outputs
+    python tools/infer_onnx.py classifier.onnx photo.jpg
+
+Detectors (exported with ``--part end-to-end``), classifiers and segmentors.
+Needs onnxruntime, numpy and OpenCV; Pillow where the file says so. Preprocessing and
+class names come from the file. Writes to --out: ``predictions.json``, and for each
+image a picture with boxes, or a mask whose pixels are class indices.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Dict, Iterable, List, Optional, Tuple
+
+SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff'}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        'model', type=Path, help='of tools/export.py; e.g. detector.onnx')
+    parser.add_argument(
+        'images', type=Path,
+        help='file, or folder that is searched through; e.g. data/digits/images/val')
+    parser.add_argument(
+        '--out', type=Path, default=Path('outputs'),
+        help='folder to write to; default: outputs; e.g. --out work_dirs/onnx')
+    parser.add_argument(
+        '--score-thr', type=float, default=0.3,
+        help='least score of a box that is drawn; predictions.json has all; '
+        'default: 0.3; e.g. --score-thr 0.5')
+    args = parser.parse_args()
+    for path in (args.model, args.images):
+        if not path.exists():
+            parser.error(f'{path}: no such file or folder')
+    return args
+
+
+class Model:
+    """An exported model with its own preprocessing.
+
+    Args:
+        path (Path): The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import onnxruntime
+        self.session = onnxruntime.InferenceSession(
+            path, providers=onnxruntime.get_available_providers())
+        held = self.session.get_modelmeta().custom_metadata_map
+        if 'task' not in held:
+            sys.exit(f'{path}: no metadata: expected a file of tools/export.py')
+        self.about = {name: json.loads(value) for name, value in held.items()}
+        if self.task not in RESULTS:
+            sys.exit(f'{path}: exported is the {self.task}: expected one of '
+                     f'{", ".join(RESULTS)}; see --part of tools/export.py')
+
+    @property
+    def task(self) -> str:
+        return self.about['task']
+
+    def name(self, label: int) -> str:
+        """The class of a label."""
+        names = self.about['classes']
+        return names[label] if names else str(label)
+
+    def __call__(self, image) -> list:
+        """The outputs for one image (H, W, 3), BGR, 0 to 255; and its new size."""
+        import numpy as np
+        image = resize(image, self.about['resize'])
+        height, width = image.shape[:2]
+        if self.about['channels'] == 'rgb':
+            image = image[..., ::-1]
+        mean, std = (np.float32(self.about[name]) for name in ('mean', 'std'))
+        image = (image.astype(np.float32) - mean) / std
+        bottom, right = (-side % self.about['pad_divisor']
+                         for side in (height, width))
+        image = np.pad(image, ((0, bottom), (0, right), (0, 0)))
+        inputs = dict(images=image.transpose(2, 0, 1)[None].copy())
+        if self.task == 'detection':
+            inputs['shapes'] = np.float32([[height, width]])
+        return self.session.run(None, inputs), (height, width)
+
+
+def resize(image, steps: List[dict]):
+    """The steps of a test pipeline that change an image's size."""
+    for step in steps:
+        height, width = image.shape[:2]
+        if step['type'] == 'CenterCrop':
+            crop = as_pair(step['crop_size'])
+            top, left = (max(0, round((side - c) / 2))
+                         for side, c in zip((height, width), crop[::-1]))
+            image = image[top:top + crop[1], left:left + crop[0]]
+        elif step['type'] == 'ResizeEdge':
+            edge, scale = step.get('edge', 'short'), step['scale']
+            if edge == 'width' or (edge != 'height' and
+                                   (edge == 'short') == (width < height)):
+                size = scale, int(scale * height / width)
+            else:
+                size = int(scale * width / height), scale
+            image = scaled(image, size, step)
+        else:
+            size = as_pair(step['scale'])
+            if step.get('keep_ratio'):
+                scale = min(max(size) / max(height, width),
+                            min(size) / min(height, width))
+                size = int(width * scale + .5), int(height * scale + .5)
+            image = scaled(image, size, step)
+    return image
+
+
+def as_pair(size) -> Tuple[int, int]:
+    """(width, height)"""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def scaled(image, size: Tuple[int, int], step: dict):
+    """An image of (width, height), by the library that the step names."""
+    how = step.get('interpolation', 'bilinear')
+    if step.get('backend') == 'pillow':
+        import numpy as np
+        from PIL import Image
+        return np.array(Image.fromarray(image).resize(
+            size, getattr(Image.Resampling, how.upper())))
+    import cv2
+    flags = dict(nearest=cv2.INTER_NEAREST, bilinear=cv2.INTER_LINEAR,
+                 bicubic=cv2.INTER_CUBIC, area=cv2.INTER_AREA,
+                 lanczos=cv2.INTER_LANCZOS4)
+    return cv2.resize(image, size, interpolation=flags[how])
+
+
+def detection(model: Model, image, outputs: list, size: tuple,
+              args) -> Tuple[dict, Optional[object]]:
+    """Boxes in pixels of the image, and the image with them drawn."""
+    import cv2
+    import numpy as np
+    dets, labels = (x[0] for x in outputs)
+    found = labels >= 0
+    scale = np.float32([image.shape[1] / size[1], image.shape[0] / size[0]] * 2)
+    boxes, scores = dets[found, :4] * scale, dets[found, 4]
+    picture = image.copy()
+    for box, score, label in zip(boxes, scores, labels[found]):
+        if score >= args.score_thr:
+            (x1, y1, x2, y2), color = box.round().astype(int).tolist(), (0, 200, 0)
+            cv2.rectangle(picture, (x1, y1), (x2, y2), color)
+            cv2.putText(picture, f'{model.name(label)} {score:.2f}', (x1, y1 + 11),
+                        cv2.FONT_HERSHEY_SIMPLEX, .4, color)
+    return dict(bboxes=boxes.tolist(), scores=scores.tolist(),
+                labels=[model.name(label) for label in labels[found]]), picture
+
+
+def classification(model: Model, image, outputs: list, size: tuple,
+                   args) -> Tuple[dict, Optional[object]]:
+    """The most likely class."""
+    import numpy as np
+    logits = outputs[0][0].astype(np.float64)
+    scores = np.exp(logits - logits.max())
+    best = int(scores.argmax())
+    return dict(label=model.name(best),
+                score=float(scores[best] / scores.sum())), None
+
+
+def segmentation(model: Model, image, outputs: list, size: tuple,
+                 args) -> Tuple[dict, Optional[object]]:
+    """Each class's share of the pixels, and the mask of class indices."""
+    import cv2
+    import numpy as np
+    logits = outputs[0][0][:, :size[0], :size[1]].transpose(1, 2, 0)
+    # Logits are resized, not classes, as mmsegmentation does; 4 at a time is
+    # what OpenCV takes.
+    full = [cv2.resize(np.ascontiguousarray(logits[..., i:i + 4]),
+                       image.shape[1::-1]).reshape(*image.shape[:2], -1)
+            for i in range(0, logits.shape[-1], 4)]
+    mask = np.concatenate(full, -1).argmax(-1).astype(np.uint8)
+    labels, counts = np.unique(mask, return_counts=True)
+    return dict(shares={model.name(label): count / mask.size
+                        for label, count in zip(labels.tolist(), counts)}), mask
+
+
+RESULTS = dict(detection=detection, classification=classification,
+               segmentation=segmentation)
+
+
+def find_images(path: Path) -> Iterable[Path]:
+    files = [path] if path.is_file() else sorted(
+        file for file in path.rglob('*') if file.suffix.lower() in SUFFIXES)
+    if not files:
+        sys.exit(f'{path}: no images there ({", ".join(sorted(SUFFIXES))})')
+    return files
+
+
+def main() -> None:
+    args = parse_args()
+    # After parsing: it takes seconds, which --help need not wait for.
+    import cv2
+    model = Model(args.model)
+    root = args.images if args.images.is_dir() else args.images.parent
+    predictions: Dict[str, dict] = {}
+    for file in find_images(args.images):
+        image = cv2.imread(str(file), cv2.IMREAD_COLOR)
+        if image is None:
+            print(f'{file}: not a readable image, skipped', file=sys.stderr)
+            continue
+        name = file.relative_to(root)
+        outputs, size = model(image)
+        result, picture = RESULTS[model.task](model, image, outputs, size, args)
+        predictions[name.as_posix()] = result
+        if picture is not None:
+            target = args.out / 'pictures' / name.with_suffix('.png')
+            target.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(target), picture)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / 'predictions.json').write_text(json.dumps(predictions, indent=1))
+    print(f'{len(predictions)} images; written to {args.out}')
+
+
+if __name__ == '__main__':
+    main()

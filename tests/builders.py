@@ -1,9 +1,13 @@
 """Small models and batches that several test modules use."""
+import logging
 import uuid
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Iterator, List
 
 import pytest
 import torch
+from mmengine.logging import MMLogger
 from mmengine.structures import InstanceData, PixelData
 from torch import nn
 
@@ -72,11 +76,29 @@ def authors_names(pvt: dict) -> dict:
     return out
 
 
-def cpu_autocast(dtype: torch.dtype) -> torch.autocast:
+@contextmanager
+def logged(level: int = logging.INFO) -> Iterator[List[str]]:
+    """What mmengine's logger says at this level and above."""
+    messages = []
+    handler = logging.Handler(level)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = MMLogger.get_current_instance()
+    before = list(logger.handlers)
+    # A training of another test may have left its log file, and mmengine writes how
+    # weights were initialised to the file alone.
+    logger.handlers = [x for x in before if not isinstance(x, logging.FileHandler)]
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.handlers = before
+
+
+def autocast(device: str, dtype: torch.dtype) -> torch.autocast:
     """Autocast, or a skipped test: torch 2.1 has no float16 on CPUs."""
     try:
-        with torch.autocast('cpu', dtype):
-            return torch.autocast('cpu', dtype)
+        with torch.autocast(device, dtype):
+            return torch.autocast(device, dtype)
     except RuntimeError as error:
         pytest.skip(str(error))
 

@@ -3,20 +3,18 @@ import copy
 import importlib
 import logging
 import math
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from mmengine.logging import MMLogger
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from builders import ARCH, cpu_autocast, randomise
+from builders import ARCH, autocast, logged, randomise
 from mmlavit import LaViT
 from mmlavit.models.layers.attend import MAX_BUILT_SCORES
 from mmlavit.models.layers.attention import LessAttention, VanillaAttention
@@ -84,11 +82,12 @@ def test_attention_products_are_counted():
 @pytest.mark.parametrize('size', [(64, 64), (128, 96), (37, 61), (32, 200),
                                   (33, 33), (20, 7)])
 @pytest.mark.parametrize('path', ['auto', 'factored'])
-def test_paths_agree_in_values_and_gradients(path, size):
+def test_paths_agree_in_values_and_gradients(path, size, device):
     """At base size, larger, non-square, odd and smaller than one key."""
-    x = torch.randn(2, 3, *size, dtype=torch.double, requires_grad=True)
-    reference = randomise(build(score_path='materialised')).double()
-    model = build(score_path=path).double()
+    x = torch.randn(
+        2, 3, *size, dtype=torch.double, device=device, requires_grad=True)
+    reference = randomise(build(score_path='materialised')).double().to(device)
+    model = build(score_path=path).double().to(device)
     model.load_state_dict(reference.state_dict())
     outs, expected = model(x), reference(x)
     for out, other, stride in zip(outs, expected, (4, 8, 16, 32)):
@@ -100,16 +99,22 @@ def test_paths_agree_in_values_and_gradients(path, size):
         assert (actual[name] - grad).abs().max().item() / scale < 1e-10, name
 
 
-def test_paths_agree_where_scores_are_too_many_to_build(monkeypatch):
-    monkeypatch.setitem(MAX_BUILT_SCORES, 'cpu', 100)
-    test_paths_agree_in_values_and_gradients('auto', (37, 61))
+@pytest.fixture
+def few_scores_at_once(monkeypatch):
+    """Inherited scores are built in many pieces."""
+    for kind in MAX_BUILT_SCORES:
+        monkeypatch.setitem(MAX_BUILT_SCORES, kind, 100)
 
 
-def test_pieces_are_recomputed_within_checkpointed_layers(monkeypatch):
-    x = torch.randn(2, 3, 64, 96, dtype=torch.double)
-    expected = gradients(randomise(build()).double(), x)
-    monkeypatch.setitem(MAX_BUILT_SCORES, 'cpu', 100)
-    saved = randomise(build(with_cp=True)).double()
+def test_paths_agree_where_scores_are_too_many_to_build(few_scores_at_once, device):
+    test_paths_agree_in_values_and_gradients('auto', (37, 61), device)
+
+
+def test_pieces_are_recomputed_within_checkpointed_layers(request, device):
+    x = torch.randn(2, 3, 64, 96, dtype=torch.double, device=device)
+    expected = gradients(randomise(build()).double().to(device), x)
+    request.getfixturevalue('few_scores_at_once')
+    saved = randomise(build(with_cp=True)).double().to(device)
     for name, grad in gradients(saved, x).items():
         torch.testing.assert_close(grad, expected[name])
 
@@ -117,12 +122,12 @@ def test_pieces_are_recomputed_within_checkpointed_layers(monkeypatch):
 @pytest.mark.parametrize('options', [
     dict(max_key_grid=2), dict(max_key_grid=1), dict(value_reduction='pool'),
     dict(max_key_grid=2, value_reduction='pool')], ids=str)
-def test_paths_agree_with_fewer_keys_and_pooled_values(options):
-    x = torch.randn(2, 3, 150, 97, dtype=torch.double)
+def test_paths_agree_with_fewer_keys_and_pooled_values(options, device):
+    x = torch.randn(2, 3, 150, 97, dtype=torch.double, device=device)
     reference = randomise(
-        build(score_path='materialised', **options)).double()
+        build(score_path='materialised', **options)).double().to(device)
     for path in ('auto', 'factored'):
-        model = build(score_path=path, **options).double()
+        model = build(score_path=path, **options).double().to(device)
         model.load_state_dict(reference.state_dict())
         for out, other in zip(model(x), reference(x)):
             torch.testing.assert_close(out, other, rtol=1e-10, atol=1e-10)
@@ -149,19 +154,20 @@ def test_macs_grow_linearly_with_max_key_grid():
     assert ratio > 4.1
 
 
-def test_scores_inherited_through_two_less_attention_stages():
+def test_scores_inherited_through_two_less_attention_stages(device):
     arch = {**ARCH, 'num_va_layers': (2, 0, 0, 0)}
-    x = torch.randn(1, 3, 48, 80, dtype=torch.double)
-    reference = randomise(build(arch=arch, score_path='materialised')).double()
-    model = build(arch=arch, score_path='factored').double()
+    x = torch.randn(1, 3, 48, 80, dtype=torch.double, device=device)
+    reference = randomise(
+        build(arch=arch, score_path='materialised')).double().to(device)
+    model = build(arch=arch, score_path='factored').double().to(device)
     model.load_state_dict(reference.state_dict())
     for out, other in zip(model(x), reference(x)):
         torch.testing.assert_close(out, other, rtol=1e-10, atol=1e-10)
 
 
-def test_maps_of_an_image_do_not_depend_on_its_batch():
-    model = randomise(build()).double().eval()
-    x = torch.randn(3, 3, 70, 45, dtype=torch.double)
+def test_maps_of_an_image_do_not_depend_on_its_batch(device):
+    model = randomise(build()).double().eval().to(device)
+    x = torch.randn(3, 3, 70, 45, dtype=torch.double, device=device)
     for whole, alone in zip(model(x), model(x[1:2])):
         torch.testing.assert_close(whole[1:2], alone)
 
@@ -177,9 +183,9 @@ def test_size_may_change_from_image_to_image():
 
 @pytest.mark.parametrize('memory_format',
                          [torch.contiguous_format, torch.channels_last])
-def test_maps_are_laid_out_as_the_input(memory_format):
-    model = randomise(build()).double()
-    x = torch.randn(2, 3, 64, 96, dtype=torch.double)
+def test_maps_are_laid_out_as_the_input(memory_format, device):
+    model = randomise(build()).double().to(device)
+    x = torch.randn(2, 3, 64, 96, dtype=torch.double, device=device)
     expected = model(x)
     for out, other in zip(
             model(x.contiguous(memory_format=memory_format)), expected):
@@ -187,10 +193,11 @@ def test_maps_are_laid_out_as_the_input(memory_format):
         torch.testing.assert_close(out, other)
 
 
-def test_checkpointing_changes_nothing_but_memory():
-    x = torch.randn(2, 3, 64, 64, dtype=torch.double, requires_grad=True)
-    model = randomise(build()).double()
-    saved = randomise(build(with_cp=True)).double()
+def test_checkpointing_changes_nothing_but_memory(device):
+    x = torch.randn(
+        2, 3, 64, 64, dtype=torch.double, device=device, requires_grad=True)
+    model = randomise(build()).double().to(device)
+    saved = randomise(build(with_cp=True)).double().to(device)
     expected = gradients(model, x)
     for name, grad in gradients(saved, x).items():
         torch.testing.assert_close(grad, expected[name])
@@ -212,12 +219,12 @@ def test_checkpointing_changes_nothing_but_memory():
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('path', ['auto', 'factored', 'materialised'])
-def test_autocast_is_close_to_float32(dtype, path):
+def test_autocast_is_close_to_float32(dtype, path, device):
     model = build(score_path=path)
     nn.init.normal_(model.stages[2].blocks[1].attn.psi.weight, std=0.1)
-    x = torch.randn(2, 3, 64, 96)
+    model, x = model.to(device), torch.randn(2, 3, 64, 96, device=device)
     expected = model(x)
-    with cpu_autocast(dtype):
+    with autocast(device, dtype):
         outs = model(x)
         total(outs).backward()
     for out, other in zip(outs, expected):
@@ -227,28 +234,28 @@ def test_autocast_is_close_to_float32(dtype, path):
 
 @pytest.mark.skipif(
     not hasattr(torch.compiler, 'is_compiling'), reason='not in torch 2.1')
-def test_compiles_as_one_graph_for_changing_sizes():
+def test_compiles_as_one_graph_for_changing_sizes(device):
     # A layer of each kind: tracing takes most of a minute for ARCH.
     arch = {**ARCH, 'depths': (1, 1, 2, 1), 'num_va_layers': (1, 1, 1, 0)}
-    model = randomise(build(arch=arch)).double().eval()
+    model = randomise(build(arch=arch)).double().eval().to(device)
     compiled = torch.compile(
         model, backend='eager', fullgraph=True, dynamic=True)
     with torch.no_grad():
         for size in ((64, 64), (96, 80), (70, 45)):
-            x = torch.randn(1, 3, *size, dtype=torch.double)
+            x = torch.randn(1, 3, *size, dtype=torch.double, device=device)
             for out, other in zip(compiled(x), model(x)):
                 torch.testing.assert_close(out, other)
 
 
 @pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (3, ), (1, 2), (0, )])
 @pytest.mark.parametrize('attn_residual', [True, False])
-def test_every_parameter_gets_a_gradient(out_indices, attn_residual):
+def test_every_parameter_gets_a_gradient(out_indices, attn_residual, device):
     model = randomise(
-        build(out_indices=out_indices, attn_residual=attn_residual))
+        build(out_indices=out_indices, attn_residual=attn_residual)).to(device)
     assert [stage.norm is not None for stage in model.stages] == [
         i in out_indices for i in range(out_indices[-1] + 1)]
     assert len(model.stages) == out_indices[-1] + 1
-    grads = gradients(model, torch.randn(2, 3, 96, 64))
+    grads = gradients(model, torch.randn(2, 3, 96, 64, device=device))
     for name, grad in grads.items():
         assert grad.isfinite().all(), name
         assert grad.abs().max() > 0, name
@@ -322,10 +329,10 @@ def test_frozen_stages_stay(frozen):
 
 
 @pytest.mark.parametrize('norm_eval', [True, False])
-def test_batch_norm_and_norm_eval(norm_eval):
-    model = build(norm_cfg=dict(type='BN'), norm_eval=norm_eval).train()
+def test_batch_norm_and_norm_eval(norm_eval, device):
+    model = build(norm_cfg=dict(type='BN'), norm_eval=norm_eval).train().to(device)
     before = copy.deepcopy(model.state_dict())
-    model(torch.randn(2, 3, 64, 64))
+    model(torch.randn(2, 3, 64, 64, device=device))
     for name, value in model.state_dict().items():
         if 'running' in name:
             assert torch.equal(value, before[name]) == norm_eval, name
@@ -466,9 +473,9 @@ def test_bad_input_is_named(x, error, argument, remedy):
 
 
 @pytest.mark.parametrize('path', SCORE_PATHS)
-def test_empty_batch_gives_empty_maps_and_no_loss(path):
-    model = build(score_path=path, dp_loss=dict()).train()
-    outs = model(torch.rand(0, 3, 70, 45))
+def test_empty_batch_gives_empty_maps_and_no_loss(path, device):
+    model = build(score_path=path, dp_loss=dict()).train().to(device)
+    outs = model(torch.rand(0, 3, 70, 45, device=device))
     assert [tuple(out.shape) for out in outs] == [
         (0, 8, 18, 12), (0, 16, 9, 6), (0, 24, 5, 3), (0, 32, 3, 2)]
     assert model.dp_loss.take() == 0
@@ -477,9 +484,9 @@ def test_empty_batch_gives_empty_maps_and_no_loss(path):
 
 
 @pytest.mark.parametrize('path', SCORE_PATHS)
-def test_not_finite_pixels_spoil_their_image_alone_and_visibly(path):
-    model = randomise(build(score_path=path)).double()
-    x = torch.randn(3, 3, 64, 48, dtype=torch.double)
+def test_not_finite_pixels_spoil_their_image_alone_and_visibly(path, device):
+    model = randomise(build(score_path=path)).double().to(device)
+    x = torch.randn(3, 3, 64, 48, dtype=torch.double, device=device)
     expected = model(x)
     x[1, 0, 5, 5], x[2, 2, 0, 0] = math.nan, math.inf
     for out, other in zip(model(x), expected):
@@ -502,18 +509,6 @@ def pretrained(path, **kwargs) -> LaViT:
         init_cfg=dict(
             type='Pretrained', checkpoint=str(path), prefix='backbone.'),
         **kwargs)
-
-
-@contextmanager
-def logged(level: int):
-    """What mmengine's logger says at this level and above."""
-    messages = []
-    handler = logging.Handler(level)
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logger = MMLogger.get_current_instance()
-    logger.addHandler(handler)
-    yield messages
-    logger.removeHandler(handler)
 
 
 @pytest.fixture
@@ -570,10 +565,10 @@ def test_missing_checkpoint_says_how_to_train_without():
 
 @pytest.mark.parametrize('options', [
     dict(transform='re_attention'), dict(norm_cfg=dict(type='BN'))], ids=str)
-def test_recomputing_counts_no_batch_twice(options):
-    x, states = torch.randn(2, 3, 64, 64), []
+def test_recomputing_counts_no_batch_twice(options, device):
+    x, states = torch.randn(2, 3, 64, 64, device=device), []
     for with_cp in (False, True):
-        model = randomise(build(with_cp=with_cp, **options)).train()
+        model = randomise(build(with_cp=with_cp, **options)).train().to(device)
         total(model(x)).backward()
         states.append((model.state_dict(), [p.grad for p in model.parameters()]))
         assert {module.momentum for module in model.modules()
@@ -615,3 +610,49 @@ def test_two_processes_give_the_gradients_of_one(tmp_path, free_port):
     sum(out.square().mean() for out in model(x)).backward()
     for p, grad in zip(model.parameters(), torch.load(tmp_path / 'grads.pt')):
         torch.testing.assert_close(grad, p.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_ddp_in_one_process_gives_the_gradients_without(free_port, device):
+    x = torch.randn(2, 3, 64, 96, dtype=torch.double, device=device)
+    model = randomise(build(with_cp=True)).double().to(device)
+    expected = gradients(model, x)
+    torch.distributed.init_process_group(
+        'gloo' if device == 'cpu' else 'nccl', f'tcp://127.0.0.1:{free_port}',
+        rank=0, world_size=1)
+    try:
+        ddp = DistributedDataParallel(model)
+        for _ in range(2):  # DDP reports unused parameters at the second pass
+            ddp.zero_grad()
+            total(ddp(x)).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name])
+
+
+def test_weights_and_optimizer_saved_on_a_device_go_on_on_the_cpu(tmp_path, device):
+    """A step here and a step there are two steps here."""
+    x = torch.randn(2, 3, 64, 64, dtype=torch.double)
+
+    def step(model, optimizer, where: str) -> None:
+        optimizer.zero_grad()
+        sum(out.square().mean() for out in model(x.to(where))).backward()
+        optimizer.step()
+
+    def begin(where: str) -> tuple:
+        model = randomise(build()).double().to(where)
+        return model, torch.optim.AdamW(model.parameters(), 1e-3)
+
+    expected = begin('cpu')
+    for _ in range(2):
+        step(*expected, 'cpu')
+    first = begin(device)
+    step(*first, device)
+    torch.save([part.state_dict() for part in first], tmp_path / 'checkpoint.pth')
+    second = begin('cpu')
+    for part, state in zip(second, torch.load(
+            tmp_path / 'checkpoint.pth', map_location='cpu')):
+        part.load_state_dict(state)
+    step(*second, 'cpu')
+    torch.testing.assert_close(dict(second[0].state_dict()),
+                               dict(expected[0].state_dict()), rtol=1e-5, atol=1e-8)

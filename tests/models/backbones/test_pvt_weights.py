@@ -1,15 +1,12 @@
 """PVTv2's weights in LaViT: what a LaViT with them computes, and what it refuses."""
-import logging
-
 import pytest
 import timm
 import torch
 from mmdet.models.backbones.pvt import pvt_convert
-from mmengine.logging import MMLogger
 from mmpretrain.registry import MODELS
 from torch import nn
 
-from builders import authors_names, randomise, stock_pvt
+from builders import authors_names, logged, randomise, stock_pvt
 from mmlavit import LaViT
 from mmlavit.analysis.observe import observe_layers
 from mmlavit.models.backbones.arch import ARCHS
@@ -59,18 +56,6 @@ def timm_b0() -> nn.Module:
 
 def timm_maps(model: nn.Module):
     return lambda x: model.forward_intermediates(x, intermediates_only=True)
-
-
-@pytest.fixture
-def logged():
-    """What mmengine's logger says."""
-    messages = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logger = MMLogger.get_current_instance()
-    logger.addHandler(handler)
-    yield messages
-    logger.removeHandler(handler)
 
 
 @pytest.mark.parametrize('name', [n for n in ARCHS if 'pvtv2' in n])
@@ -145,15 +130,17 @@ def pad_to_windows(conv: nn.Module, args: tuple) -> tuple:
 
 
 @pytest.mark.parametrize('name', ['pvtv2_b0', 'pvtv2_b2'])
-def test_less_attention_takes_values_and_says_what_it_drops(name, logged):
+def test_less_attention_takes_values_and_says_what_it_drops(name):
     arch = ARCHS[name]
     stock, model = stock_pvt(arch), LaViT(arch).double().eval()
-    missing, unexpected = model.load_state_dict(stock.state_dict(), strict=False)
+    with logged() as messages:
+        missing, unexpected = model.load_state_dict(
+            stock.state_dict(), strict=False)
     less = model.less_attention_layers()
     assert less and not unexpected
     assert set(missing) == {f'{layer}.attn.{mix}.weight' for layer in less
                             for mix in ('theta', 'psi')}
-    report, = [text for text in logged if 'no Q and K' in text]
+    report, = [text for text in messages if 'no Q and K' in text]
     assert all(layer in report for layer in less) and 'those of mmdet' in report
     assert 'stages.0' not in report
     own, theirs = model.state_dict(), stock.state_dict()

@@ -1,6 +1,6 @@
 """Image files before a model: found, prepared, and what it makes of them."""
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import mmcv
 import numpy as np
@@ -33,8 +33,8 @@ def find_images(path: Path, limit: int) -> List[Path]:
     return [files[i * len(files) // count] for i in range(count)]
 
 
-def read_image(file: Path, size: Tuple[int, int]) -> np.ndarray:
-    """An image file as BGR bytes (H, W, 3), resized.
+def read_image(file: Path, size: Optional[Tuple[int, int]]) -> np.ndarray:
+    """An image file as BGR bytes (H, W, 3), resized to (H, W) if that is given.
 
     Raises:
         ValueError: If it cannot be read.
@@ -45,7 +45,7 @@ def read_image(file: Path, size: Tuple[int, int]) -> np.ndarray:
         image = None
     if image is None:
         raise ValueError(f'{file}: not a readable image')
-    return mmcv.imresize(image, size[::-1])
+    return image if size is None else mmcv.imresize(image, size[::-1])
 
 
 def make_inputs(model: nn.Module, files: Sequence[Path],

@@ -23,9 +23,14 @@ class MergedGroupsConstructor(DefaultOptimWrapperConstructor):
 
     Args:
         optim_wrapper_cfg (dict): As mmengine's.
-        paramwise_cfg (dict, optional): As mmengine's. Defaults to None.
+        paramwise_cfg (dict, optional): As mmengine's, and ``layer_decay_rate``: the
+            factor on the learning rate of each layer of the backbone to that of the
+            layer behind it, for models of all three toolboxes whose backbone has
+            ``get_layer_depth`` (LaViT, and some of mmpretrain's). Defaults to None.
 
     Raises:
+        AttributeError: With ``layer_decay_rate``, if the backbone has no
+            ``get_layer_depth``.
         ValueError: When modules share a parameter and ``bypass_duplicate`` is not
             set; an optimizer would update it once for each of them.
     """
@@ -55,6 +60,9 @@ class MergedGroupsConstructor(DefaultOptimWrapperConstructor):
             raise ValueError(
                 f'paramwise_cfg={self.paramwise_cfg}: modules of {type(module).__name__} '
                 'share parameters: set paramwise_cfg.bypass_duplicate=True')
+        rate = self.paramwise_cfg.get('layer_decay_rate')
+        if rate is not None:
+            self._decay_by_layer(params, module, rate)
         merged = {}
         for group in params:
             own = tuple(sorted(
@@ -65,6 +73,15 @@ class MergedGroupsConstructor(DefaultOptimWrapperConstructor):
         place = {each: i for i, each in enumerate(listed)}
         self.merged_from = [[place[id(parameter)] for parameter in group['params']]
                             for group in params]
+
+    def _decay_by_layer(self, params: List[dict], model: nn.Module,
+                        rate: float) -> None:
+        """Lowers the learning rates, as mmpretrain's constructor does."""
+        names = {id(x): name for name, x in model.named_parameters()}
+        for group in params:
+            depth, depths = model.backbone.get_layer_depth(
+                names[id(group['params'][0])], 'backbone.')
+            group['lr'] = group.get('lr', self.base_lr) * rate**(depths - 1 - depth)
 
 
 def merge_checkpoint(checkpoint: dict, optim_wrapper: OptimWrapper) -> None:

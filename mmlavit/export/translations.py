@@ -1,11 +1,10 @@
-"""Operators that torch's exporter would freeze to the example's size, as ONNX.
-
-Each is one function of ONNX operators that computes from the sizes at run time.
-"""
-from typing import Sequence
+"""Operators as ONNX where torch's own translation freezes sizes or is roundabout."""
+from typing import Optional, Sequence
 
 import torch
 from onnxscript import opset20 as op
+from onnxscript.function_libs.torch_lib.ops.nn import \
+    aten_scaled_dot_product_attention
 
 
 def areas(size, count: int, like):
@@ -35,6 +34,23 @@ def adaptive_avg_pool2d(x, output_size: Sequence[int]):
     return op.MatMul(op.MatMul(rows, x), columns)
 
 
+def attention(q, k, v, attn_mask=None, dropout_p: float = 0., is_causal: bool = False,
+              scale: Optional[float] = None, enable_gqa: bool = False):
+    """softmax(q k^T + mask) v as it is written, which runtimes fuse.
+
+    torch's own translation transposes k by way of its sizes, in ten nodes.
+    """
+    mask_adds = attn_mask is None or attn_mask.dtype == q.dtype
+    if scale != 1 or is_causal or enable_gqa or not mask_adds:
+        return aten_scaled_dot_product_attention(
+            q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    scores = op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2]))
+    if attn_mask is not None:
+        scores = op.Add(scores, attn_mask)
+    return op.MatMul(op.Softmax(scores, axis=-1), v)
+
+
 TRANSLATIONS = {
     torch.ops.aten.adaptive_avg_pool2d.default: adaptive_avg_pool2d,
+    torch.ops.aten.scaled_dot_product_attention.default: attention,
 }

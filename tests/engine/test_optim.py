@@ -10,6 +10,7 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 import mmlavit  # noqa: F401  (registers the constructor)
+from builders import ARCH
 from mmlavit.analysis.building import build_model
 
 COCO = Path(__file__).parents[2] / 'configs/retinanet_lavit_t_coco.py'
@@ -120,3 +121,76 @@ def test_compiled_steps_are_the_same():
             run(torch.ones(2, 3, 5, 5))
         weights.append(nn.utils.parameters_to_vector(model.parameters()))
     torch.testing.assert_close(*weights)
+
+
+def classifier(**backbone) -> nn.Module:
+    init_default_scope('mmpretrain')
+    backbone = dict(type='LaViT', arch=ARCH, out_indices=(1, 3), **backbone)
+    return build_model(Config(dict(
+        default_scope='mmpretrain', model=dict(
+            type='ImageClassifier', backbone=backbone,
+            neck=dict(type='GlobalAveragePooling'),
+            head=dict(type='LinearClsHead', num_classes=3, in_channels=32)))))
+
+
+def test_mmpretrain_decays_the_learning_rate_by_layer():
+    """By hand: nine layers, the first patches below them, the head above."""
+    model = classifier()
+    optimizer = build_optim_wrapper(model, dict(
+        optimizer=dict(type='AdamW', lr=1., weight_decay=.05),
+        constructor='LearningRateDecayOptimWrapperConstructor',
+        paramwise_cfg=dict(layer_decay_rate=.5))).optimizer
+    rates = {name: group['lr']
+             for name, group in settings(optimizer, model).items()}
+    expected = {
+        'backbone.stages.0.patch_embed.conv.weight': 10,
+        'backbone.stages.0.blocks.0.attn.q.weight': 9,
+        'backbone.stages.0.blocks.1.norm1.bias': 8,
+        'backbone.stages.1.patch_embed.norm.weight': 7,
+        'backbone.stages.1.downsample.mix': 7,
+        'backbone.stages.1.blocks.0.attn.kv.weight': 7,
+        'backbone.stages.1.blocks.1.attn.theta.weight': 6,
+        'backbone.stages.1.norm.weight': 6,
+        'backbone.stages.2.blocks.2.ffn.fc1.weight': 3,
+        'backbone.stages.3.downsample.depthwise': 2,
+        'backbone.stages.3.blocks.1.attn.psi.weight': 1,
+        'backbone.stages.3.norm.bias': 1,
+        'head.fc.weight': 0,
+    }
+    assert {name: rates[name] for name in expected} == {
+        name: .5**below for name, below in expected.items()}
+    assert set(rates.values()) == {.5**below for below in range(11)}
+
+
+@pytest.mark.parametrize('frozen_stages', [-1, 1])
+def test_merged_groups_decay_as_mmpretrains_do(frozen_stages):
+    model = classifier(frozen_stages=frozen_stages)
+    paramwise_cfg = dict(layer_decay_rate=.7, norm_decay_mult=0., flat_decay_mult=0.)
+    stock, merged = (build_optim_wrapper(model, dict(
+        optimizer=dict(type='AdamW', lr=1e-3, weight_decay=.05),
+        constructor=constructor, paramwise_cfg=dict(paramwise_cfg))).optimizer
+        for constructor in ('LearningRateDecayOptimWrapperConstructor',
+                            'MergedGroupsConstructor'))
+    expected, found = settings(stock, model), settings(merged, model)
+    assert found.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    for name, group in found.items():
+        for key in ('lr', 'weight_decay'):
+            assert group[key] == pytest.approx(expected[name][key]), name
+    # Of each depth weights, and what has no weight decay.
+    assert len(merged.param_groups) <= 2 * 11 < len(stock.param_groups)
+
+
+def test_detectors_decay_by_layer_too():
+    """Which the toolbox's own constructor does for ConvNeXt alone."""
+    config = Config.fromfile(COCO)
+    init_default_scope('mmdet')
+    model = build_model(config)
+    config.optim_wrapper.paramwise_cfg.update(
+        layer_decay_rate=.9, custom_keys=dict(bbox_head=dict(lr_mult=2.)))
+    groups = settings(build_optim_wrapper(model, config.optim_wrapper).optimizer, model)
+    lr = config.optim_wrapper.optimizer.lr
+    for name, expected in (('neck.fpn_convs.0.conv.weight', lr),
+                           ('bbox_head.retina_cls.weight', 2 * lr),
+                           ('backbone.stages.3.blocks.1.attn.v.weight', .9 * lr),
+                           ('backbone.stages.0.patch_embed.conv.bias', .9**9 * lr)):
+        assert groups[name]['lr'] == pytest.approx(expected), name

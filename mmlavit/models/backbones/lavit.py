@@ -335,6 +335,40 @@ class LaViT(BaseModule):
         self._check_weights(given)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def get_layer_depth(self, param_name: str,
+                        prefix: str = '') -> Tuple[int, int]:
+        """How deep a parameter lies, for a learning rate that decays by layer.
+
+        mmpretrain's ``LearningRateDecayOptimWrapperConstructor`` and our
+        ``MergedGroupsConstructor`` ask for it. Our choice: what a stage begins
+        with (patches, inherited scores) counts to its first layer, but for the
+        first stage's patches, which lie below all layers; the norm behind a
+        stage counts to its last layer.
+
+        Args:
+            param_name (str): Name of the parameter in a model.
+            prefix (str): Of the backbone's own parameters there. Defaults to ''.
+
+        Returns:
+            tuple[int, int]: The depth, from 0, the first patches, to that of
+            whatever follows the backbone; and the number of depths.
+        """
+        depths = self.arch['depths'][:len(self.stages)]
+        behind = sum(depths) + 1
+        found = re.match(rf'{re.escape(prefix)}stages\.(\d+)\.(\w+)\.(\d*)',
+                         param_name)
+        if found is None:
+            return behind, behind + 1
+        stage, part = int(found[1]), found[2]
+        first = sum(depths[:stage]) + 1
+        if part == 'blocks':
+            depth = first + int(found[3])
+        elif part == 'norm':
+            depth = first + depths[stage] - 1
+        else:
+            depth = 0 if part == 'patch_embed' and stage == 0 else first
+        return depth, behind + 1
+
     def less_attention_layers(self) -> List[str]:
         """Names of the LA layers, as 'stages.2.blocks.1'."""
         return [

@@ -29,7 +29,7 @@ def attend_matrix(scores: Tensor, v: Tensor, dropout: float) -> Tensor:
 def attend_factors(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """Of S = q k^T, never built; q (B, heads, N, D), k and v (B, heads, M, D or d)."""
     dims = v.shape[-1]
-    if v.device.type == 'cpu':
+    if v.device.type == 'cpu' and q.shape[-1] != dims:
         # Its fused kernel asks for equal widths; the fallback builds S.
         width = max(q.shape[-1], dims)
         q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))

@@ -1,12 +1,15 @@
 """Blocks and stages: patches in, then layers that hand their scores on."""
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Iterator, NamedTuple, Optional, Sequence, Tuple
 
+import torch.nn.functional as F
 from mmcv.cnn.bricks import DropPath
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .attend import is_exporting
 from .attention import LessAttention, VanillaAttention
 from .grid import Grid, Grids, to_map, to_tokens
 from .mixing import AttentionDownsample
@@ -36,9 +39,20 @@ class ConvFFN(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
+        if is_exporting():
+            return self._as_convolutions(x, grid)
         x = self.fc1(x)
         x = to_tokens(self.dwconv(to_map(x, grid)))
         return self.drop(self.fc2(self.drop(self.act(x))))
+
+    def _as_convolutions(self, x: Tensor, grid: Grid) -> Tensor:
+        """The same for runtimes, which copy between tokens and maps.
+
+        They do so once each way, of the narrow map, and fuse the activation.
+        """
+        fc1, fc2 = (partial(F.conv2d, weight=fc.weight[..., None, None], bias=fc.bias)
+                    for fc in (self.fc1, self.fc2))
+        return to_tokens(fc2(self.act(self.dwconv(fc1(to_map(x, grid))))))
 
 
 @contextmanager

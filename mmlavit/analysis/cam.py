@@ -1,0 +1,134 @@
+"""Class activation maps of whole models: where a class is seen.
+
+Grad-CAM ("Grad-CAM: Visual Explanations from Deep Networks via Gradient-based
+Localization", arXiv 1610.02391) on one of the backbone's maps, for classifiers,
+segmentors and dense detectors alike.
+"""
+from pathlib import Path
+from typing import Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mmengine.visualization import Visualizer
+from torch import Tensor, nn
+
+from .images import read_image
+
+
+def grad_cam(model: nn.Module, images: Tensor,
+             categories: Optional[Sequence[int]] = None,
+             index: int = -1) -> Tuple[Tensor, Tensor, Tensor]:
+    """Class activation maps of a batch.
+
+    The channels of a map, weighted by the mean gradient of the class's score, are
+    summed; what is negative is 0.
+
+    Args:
+        model (nn.Module): A model of any of the three toolboxes, in eval mode.
+        images (Tensor): (B, 3, H, W) of the model's data preprocessor.
+        categories (Sequence[int], optional): The class of each image. Defaults to
+            the one of the highest score.
+        index (int): Which of the maps that the backbone returns. Defaults to the
+            last.
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor]: The maps (B, h, w), at least 0; the classes
+        and their scores (see `class_scores`), both (B, ).
+
+    Raises:
+        ValueError: If there is no such map or class, if the model does not read the
+            map, or if it is a model of another kind.
+    """
+    maps = []
+    handle = model.backbone.register_forward_hook(
+        lambda _, args, outs: maps.extend(outs))
+    try:
+        with torch.enable_grad():  # also if all weights are frozen
+            scores = class_scores(model, images.detach().requires_grad_())
+    finally:
+        handle.remove()
+    if not -len(maps) <= index < len(maps) or maps[index].dim() != 4:
+        raise ValueError(f'index={index}: expected that of a map (B, C, h, w); the '
+                         f'backbone returns {[tuple(x.shape) for x in maps]}')
+    if categories is None:
+        categories = scores.argmax(1)
+    categories = torch.as_tensor(categories, device=scores.device)
+    if not 0 <= categories.min() <= categories.max() < scores.shape[1]:
+        raise ValueError(f'categories={categories.tolist()}: expected at least 0 and '
+                         f'below {scores.shape[1]}')
+    chosen = scores.gather(1, categories[:, None])[:, 0]
+    gradient, = torch.autograd.grad(chosen.sum(), maps[index], allow_unused=True)
+    if gradient is None:
+        raise ValueError(f'index={index}: expected a map that the model reads')
+    weights = gradient.mean((2, 3), keepdim=True)
+    cams = (weights * maps[index]).sum(1).relu()
+    return cams.detach(), categories, chosen.detach()
+
+
+def class_scores(model: nn.Module, images: Tensor) -> Tensor:
+    """How much of each class a model sees in each image, (B, classes).
+
+    The logit of a classifier. The mean of a segmentor's logits over all pixels, each
+    of which counts for the class that it is given. The sum of a dense detector's
+    scores, 0 to 1, over all anchors (our choice).
+
+    Raises:
+        ValueError: If it is a model of another kind, as a detector of two stages.
+    """
+    head = getattr(model, 'bbox_head', None)
+    if hasattr(model, 'encode_decode'):
+        logits = model.encode_decode(
+            images, [dict(img_shape=tuple(images.shape[2:]))] * len(images))
+        given = torch.zeros_like(logits).scatter(1, logits.argmax(1, True), 1)
+        return (logits * given).mean((2, 3))
+    if hasattr(head, 'cls_out_channels'):
+        return sum(anchor_scores(x, head).sum(1)
+                   for x in model(images, mode='tensor')[0])
+    if hasattr(model, 'head'):
+        return model(images, mode='tensor')
+    raise ValueError(
+        f'class activation maps: {type(model).__name__}: expected an image '
+        'classifier, an encoder-decoder segmentor or a single-stage detector')
+
+
+def anchor_scores(cls_score: Tensor, head: nn.Module) -> Tensor:
+    """A level's map (B, anchors * classes, h, w) -> (B, all anchors, classes)."""
+    logits = cls_score.permute(0, 2, 3, 1).flatten(1).unflatten(
+        1, (-1, head.cls_out_channels))
+    if head.use_sigmoid_cls:
+        return logits.sigmoid()
+    return logits.softmax(2)[..., :-1]  # the last is the background
+
+
+def draw_cam(model: nn.Module, file: Path, category: Optional[int] = None,
+             index: int = -1, size: Optional[Tuple[int, int]] = None
+             ) -> Tuple[np.ndarray, int, float]:
+    """An image with its class activation map over it, red where it is highest.
+
+    Args:
+        model (nn.Module): As for `grad_cam`.
+        file (Path): The image.
+        category (int, optional): The class. Defaults to that of the highest score.
+        index (int): Which of the backbone's maps. Defaults to the last.
+        size (tuple[int, int], optional): (H, W) that it is resized to. Defaults to
+            its own.
+
+    Returns:
+        tuple[np.ndarray, int, float]: The picture (H, W, 3), BGR; the class and its
+        score.
+
+    Raises:
+        ValueError: As of `grad_cam`; or if the file cannot be read.
+    """
+    image = read_image(file, size)
+    pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous()
+    inputs = model.data_preprocessor(dict(inputs=[pixels]), training=False)['inputs']
+    cams, found, scores = grad_cam(
+        model, inputs, None if category is None else [category], index)
+    height, width = image.shape[:2]
+    # Inputs may be padded at the bottom and right.
+    cam = F.interpolate(cams[None], inputs.shape[2:], mode='bilinear')[
+        0, :, :height, :width]
+    picture = Visualizer.draw_featmap(cam, image[..., ::-1].copy())
+    return picture[..., ::-1], found.item(), scores.item()

@@ -1,0 +1,84 @@
+"""Class activation maps of a classifier, segmentor or detector on images.
+
+    python tools/cam.py CONFIG CHECKPOINT IMAGES --out work_dirs/cam
+    python tools/cam.py configs/retinanet_lavit_digits.py work_dirs/demo/epoch_6.pth \\
+        data/digits/images/val/00000.png --category 3 --map 0
+
+Grad-CAM on one of the backbone's maps, for any backbone that returns maps: where in the
+image the score of a class comes from. Detectors must be of a single stage; their score is
+the sum over all anchors. Writes one picture for each image to --out.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        'config', type=Path, help='e.g. configs/retinanet_lavit_digits.py')
+    parser.add_argument(
+        'checkpoint', type=Path, help='e.g. work_dirs/demo/epoch_6.pth')
+    parser.add_argument(
+        'images', type=Path,
+        help='file, or folder that is searched through; e.g. data/digits/images/val')
+    parser.add_argument(
+        '--category', type=int, metavar='N',
+        help='number of the class, from 0; default: the one that each image has the '
+        'highest score of; e.g. --category 3')
+    parser.add_argument(
+        '--map', type=int, default=-1, metavar='N',
+        help="which of the backbone's maps (out_indices); finer ones show small "
+        'objects; default: %(default)s, the last; e.g. --map 0')
+    parser.add_argument(
+        '--size', type=int, nargs=2, metavar=('H', 'W'),
+        help="height and width in pixels that images are resized to; default: each "
+        "image's own; e.g. --size 224 224")
+    parser.add_argument(
+        '--max-images', type=int, default=20, metavar='N',
+        help='of a folder, spread evenly; default: %(default)s; e.g. --max-images 100')
+    parser.add_argument(
+        '--device', default='cpu',
+        help='default: %(default)s; e.g. --device cuda')
+    parser.add_argument(
+        '--out', type=Path, default=Path('work_dirs/cam'), metavar='DIR',
+        help='folder that is written to; default: %(default)s; e.g. --out outputs')
+    args = parser.parse_args()
+    for path in (args.config, args.checkpoint):
+        if not path.is_file():
+            parser.error(f'{path}: no such file')
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    # After parsing: it takes seconds, which --help need not wait for.
+    import cv2
+    from mmengine.config import Config
+
+    import mmlavit  # noqa: F401  (registers LaViT)
+    from mmlavit.analysis.building import build_model
+    from mmlavit.analysis.cam import draw_cam
+    from mmlavit.analysis.images import find_images
+    from mmlavit.export.metadata import class_names, load_weights
+    config = Config.fromfile(args.config)
+    model = build_model(config)
+    try:
+        names = class_names(config, load_weights(model, args.checkpoint))
+        model.eval().to(args.device)
+        root = args.images if args.images.is_dir() else args.images.parent
+        for file in find_images(args.images, args.max_images):
+            picture, label, score = draw_cam(
+                model, file, args.category, args.map, args.size)
+            target = args.out / file.relative_to(root).with_suffix('.png')
+            target.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(target), picture)
+            print(f'{target}: {names[label] if names else label}, score {score:.3g}')
+    except (FileNotFoundError, RuntimeError, ValueError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == '__main__':
+    main()

@@ -447,12 +447,15 @@ def fuzz(cases, numbers: list) -> Tuple[Counter, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('dir', type=Path, help='folder for the files')
+    parser.add_argument('dir', type=Path, help='folder for the files; e.g. /tmp/fuzz')
     for name, number in dict(checkpoints=2000, annotations=200, masks=200).items():
         parser.add_argument(f'--{name}', type=int, default=number, metavar='N',
-                            help='cases; default: %(default)s')
-    parser.add_argument('--seed', type=int, default=0, help='default: %(default)s')
-    parser.add_argument('--only', type=int, help='the number of one case to repeat')
+                            help=f'cases; default: %(default)s; e.g. --{name} 100')
+    parser.add_argument('--seed', type=int, default=0,
+                        help='of the mutations; default: %(default)s; e.g. --seed 1')
+    parser.add_argument('--only', type=int, metavar='N',
+                        help='the number of one case to repeat; default: all; '
+                        'e.g. --only 12')
     args = parser.parse_args()
     args.dir.mkdir(parents=True, exist_ok=True)
     failed = 0

@@ -2,8 +2,8 @@
 
     python stress/kills.py DIR [--kills 20] [--by-iter] [--random]
 
-Every other SIGKILL comes while a checkpoint is being written, the rest 4 to 9
-seconds after the start of the process. Each time the training goes on with
+Every other SIGKILL comes while a checkpoint is being written, the rest up to 3
+seconds after the process's first iteration. Each time the training goes on with
 ``--resume``. Prints a row for each kill, and at the end whether the final weights
 and optimizer states are the same, bit for bit. Not part of the quick suite.
 """
@@ -32,7 +32,7 @@ def kill_once(config: Path, work_dir: Path, writing: bool,
               rng: random.Random) -> str:
     """Trains until it is killed; says when that was."""
     log = work_dir.with_suffix('.log')
-    start, wait = time.time(), rng.uniform(4, 9)
+    start, begun, wait = time.time(), None, rng.uniform(0, 3)
     writes, seen = rng.randint(1, 3), set()
     with log.open('w') as file:
         process = subprocess.Popen(
@@ -42,10 +42,12 @@ def kill_once(config: Path, work_dir: Path, writing: bool,
                 seen |= being_written(work_dir, start)
                 now = len(seen) >= writes
             else:
-                now = time.time() - start > wait
+                if begun is None and '(train)' in log.read_text():
+                    begun = time.time()
+                now = begun is not None and time.time() - begun > wait
             if now:
                 process.kill()
-            time.sleep(0.0003)
+            time.sleep(0.0003 if writing else 0.05)
     when = f'writing {max(seen)[:-5]}' if seen else 'at random'
     if process.returncode == 0:
         when = 'not: it had ended'
@@ -81,16 +83,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('dir', type=Path, help='folder for data and trainings')
-    parser.add_argument('--kills', type=int, default=20)
-    parser.add_argument('--epochs', type=int, default=80)
+    parser.add_argument('dir', type=Path,
+                        help='folder for data and trainings; e.g. /tmp/kills')
+    parser.add_argument('--kills', type=int, default=20, metavar='N',
+                        help='default: %(default)s; e.g. --kills 4')
+    parser.add_argument('--epochs', type=int, default=80, metavar='N',
+                        help='of the training, 4 iterations each; more than the kills '
+                        'leave time for; default: %(default)s; e.g. --epochs 12')
     parser.add_argument('--by-iter', action='store_true',
-                        help='iteration-based loop')
+                        help='iteration-based loop; default: epochs; e.g. --by-iter')
     parser.add_argument('--random', action='store_true',
-                        help='with drop path, random crops and flips')
-    parser.add_argument('--workers', type=int, default=0,
-                        help='persistent workers that load the images; default: 0')
-    parser.add_argument('--seed', type=int, default=0)
+                        help='with drop path, random crops and flips; default: '
+                        'without; e.g. --random')
+    parser.add_argument('--workers', type=int, default=0, metavar='N',
+                        help='persistent workers that load the images; default: '
+                        '%(default)s; e.g. --workers 2')
+    parser.add_argument('--seed', type=int, default=0,
+                        help='of the moments of kills; default: %(default)s; '
+                        'e.g. --seed 1')
     args = parser.parse_args()
     args.dir.mkdir(parents=True, exist_ok=True)
     data = args.dir / 'digits'

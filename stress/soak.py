@@ -39,8 +39,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('dir', type=Path, help='folder for data and training')
-    parser.add_argument('--steps', type=int, default=2000)
+    parser.add_argument('dir', type=Path,
+                        help='folder for data and training; e.g. /tmp/soak')
+    parser.add_argument('--steps', type=int, default=2000, metavar='N',
+                        help='of training; default: %(default)s; e.g. --steps 400')
     args = parser.parse_args()
     args.dir.mkdir(parents=True, exist_ok=True)
     data = args.dir / 'digits'

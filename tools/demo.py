@@ -37,10 +37,14 @@ SHORT = {
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--short', action='store_true',
-                        help='a few iterations, save, resume, test')
-    parser.add_argument('--verbose', action='store_true',
-                        help='show all that the steps print')
+    parser.add_argument(
+        '--short', action='store_true',
+        help='a few iterations, save, resume, test; default: the whole training; '
+        'e.g. --short')
+    parser.add_argument(
+        '--verbose', action='store_true',
+        help='show all that the steps print; default: it is in demo.log; '
+        'e.g. --verbose')
     return parser.parse_args()
 
 

@@ -16,15 +16,18 @@ import cv2
 import numpy as np
 from matplotlib.figure import Figure
 
-from mmlavit.analysis.logs import read_scalars
-
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('work_dir', type=Path)
-    parser.add_argument('--min-ap', type=float, default=0.)
-    parser.add_argument('--min-ap50', type=float, default=0.)
-    parser.add_argument('--epochs', type=int, help='epochs to be there')
+    parser.add_argument('work_dir', type=Path, help='e.g. work_dirs/demo')
+    for name in ('ap', 'ap50'):
+        parser.add_argument(
+            f'--min-{name}', type=float, default=0., metavar='SHARE',
+            help=f'least {name.upper()}, from 0 to 1; default: %(default)s; '
+            f'e.g. --min-{name} 0.6')
+    parser.add_argument(
+        '--epochs', type=int, metavar='N',
+        help='epochs to be there; default: any number; e.g. --epochs 6')
     return parser.parse_args()
 
 
@@ -64,6 +67,8 @@ def make_sheet(pictures: list, path: Path) -> None:
 
 def main() -> None:
     args = parse_args()
+    # After parsing: it takes seconds, which --help need not wait for.
+    from mmlavit.analysis.logs import read_scalars
     scalars = read_scalars(args.work_dir)
     losses = [line for line in scalars if 'loss' in line]
     results = sorted(args.work_dir.glob('test/2*/2*.json'))

@@ -12,18 +12,17 @@ import time
 from pathlib import Path
 from typing import Callable
 
-from mmengine.config import Config
-from mmengine.runner import Runner
-
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('config', type=Path)
+    parser.add_argument(
+        'config', type=Path, help='e.g. configs/retinanet_lavit_digits.py')
     return parser.parse_args()
 
 
-def make_step(config: Config) -> Callable[[], None]:
+def make_step(config) -> Callable[[], None]:
     """One forward, backward and optimizer step on the config's first batch."""
+    from mmengine.runner import Runner
     config.train_dataloader.update(num_workers=0, persistent_workers=False)
     runner = Runner.from_cfg(config)
     optim_wrapper = runner.build_optim_wrapper(config.optim_wrapper)
@@ -52,6 +51,8 @@ def mean_time(step: Callable[[], None], count: int = 5, limit: float = 10.,
 
 def main() -> None:
     args = parse_args()
+    # After parsing: it takes seconds, which --help need not wait for.
+    from mmengine.config import Config
     config = Config.fromfile(args.config)
     with tempfile.TemporaryDirectory() as config.work_dir:
         print(mean_time(make_step(config)))

@@ -10,15 +10,12 @@ import argparse
 import math
 import sys
 from pathlib import Path
-from typing import Dict, List, NamedTuple
+from typing import Dict, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from PIL import Image
-
-from mmlavit.models.backbones.arch import (StageSpec, plan_stages,
-                                           resolve_arch)
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
@@ -56,8 +53,10 @@ THEMES = {
 }
 
 
-def plan(name: str) -> List[StageSpec]:
-    """The stages of a preset, as `LaViT` plans them by default."""
+def plan(name: str) -> list:
+    """The stages of a preset, as `LaViT` plans them by default: `StageSpec`s."""
+    # Here: it takes seconds, which --help need not wait for.
+    from mmlavit.models.backbones.arch import plan_stages, resolve_arch
     sr_ratios = (8, 4, 2, 1)
     arch = resolve_arch(name, None, sr_ratios)
     return plan_stages(
@@ -67,7 +66,7 @@ def plan(name: str) -> List[StageSpec]:
         max_key_grid=None, drop_path_rate=0.)
 
 
-def describe(plans: Dict[str, List[StageSpec]]) -> str:
+def describe(plans: Dict[str, list]) -> str:
     """What is drawn, as a text that changes whenever the picture should."""
     return '\n'.join(
         f'{name}, stride {spec.stride}, {spec.dims} channels: '
@@ -104,7 +103,7 @@ class Drawing:
             shrinkA=0, shrinkB=0, zorder=5))
 
 
-def draw_stages(d: Drawing, stages: List[StageSpec]) -> None:
+def draw_stages(d: Drawing, stages: list) -> None:
     """All layers of a preset from left to right, and the ways of the scores."""
     theme, top = d.theme, FLOOR + TALL
     pad, gap, image = 1.1, 4.1, 6.4
@@ -197,8 +196,7 @@ def draw_weighting(d: Drawing, x: float, y: float, scores: str,
     d.text(left, y + 1.9, r'$\mathrm{softmax}(S_l)\,V$', size=13, align='left')
 
 
-def draw_presets(d: Drawing, x: float, y: float,
-                 plans: Dict[str, List[StageSpec]]) -> None:
+def draw_presets(d: Drawing, x: float, y: float, plans: Dict[str, list]) -> None:
     """A row of small squares, one a layer, for each preset."""
     theme = d.theme
     d.text(x, y + 15.6, 'The three presets', size=12.5, align='left', weight='bold')
@@ -214,7 +212,7 @@ def draw_presets(d: Drawing, x: float, y: float,
             left += 0.8
 
 
-def draw(path: Path, theme: Theme, plans: Dict[str, List[StageSpec]]) -> None:
+def draw(path: Path, theme: Theme, plans: Dict[str, list]) -> None:
     figure = plt.figure(figsize=(11, 11 * HEIGHT / WIDTH), facecolor=theme.page)
     ax = figure.add_axes([0.012, 0.012, 0.976, 0.976])
     ax.set(xlim=(0, WIDTH), ylim=(0, HEIGHT), aspect='equal')
@@ -234,11 +232,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--out', type=Path, default=ROOT / 'docs/img',
-                        help='folder, default docs/img; e.g. --out pictures')
-    parser.add_argument('--check', action='store_true',
-                        help='draw nothing; exit 1 if a picture is of another plan '
-                        'than today\'s')
+    parser.add_argument(
+        '--out', type=Path, default=ROOT / 'docs/img', metavar='DIR',
+        help='folder that is written to; default: docs/img; e.g. --out pictures')
+    parser.add_argument(
+        '--check', action='store_true',
+        help="draw nothing; exit 1 if a picture is of another plan than today's; "
+        'default: draw; e.g. --check')
     args = parser.parse_args()
     plans = {name: plan(name) for name in PAPER}
     if args.check:

@@ -35,12 +35,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--half', action='store_true',
         help='store weights in float16, in half the space; runtimes still compute '
-        'in float32; default: float32')
+        'in float32; default: float32; e.g. --half')
     parser.add_argument(
         '--verify', action='store_true',
         help='compare the file with the model at four other sizes, and exit with 1 '
         f'beyond {TOLERANCES["float32"]} of the largest value '
-        f'({TOLERANCES["half"]} with --half); default: no')
+        f'({TOLERANCES["half"]} with --half); default: not; e.g. --verify')
     parser.add_argument(
         '--runtime', choices=('onnxruntime', 'openvino'), default='onnxruntime',
         help='what --verify runs an ONNX file with; default: onnxruntime; '

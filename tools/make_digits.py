@@ -33,15 +33,21 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('out', type=Path, help='folder to write')
-    parser.add_argument('--train', type=int, default=1500, help='images (1500)')
-    parser.add_argument('--val', type=int, default=150, help='images (150)')
     parser.add_argument(
-        '--size', type=int, default=160, help='image side in pixels (160)')
+        'out', type=Path, help='folder that is written; e.g. data/digits')
+    for split, count in (('train', 1500), ('val', 150)):
+        parser.add_argument(
+            f'--{split}', type=int, default=count, metavar='N',
+            help=f'images; default: %(default)s; e.g. --{split} 8')
+    parser.add_argument(
+        '--size', type=int, default=160, metavar='PIXELS',
+        help='side of the images, at least 64; default: %(default)s; e.g. --size 320')
     parser.add_argument(
         '--digits', type=int, nargs=2, default=(4, 9), metavar=('MIN', 'MAX'),
-        help='digits in an image (4 9)')
-    parser.add_argument('--seed', type=int, default=0)
+        help='digits in an image; default: 4 9; e.g. --digits 1 3')
+    parser.add_argument(
+        '--seed', type=int, default=0,
+        help='of all random numbers; default: %(default)s; e.g. --seed 1')
     args = parser.parse_args()
     for name in ('train', 'val'):
         if getattr(args, name) < 1:

@@ -111,7 +111,8 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        '--check', action='store_true', help='write nothing, only name what is stale')
+        '--check', action='store_true',
+        help='write nothing, only name what is stale; default: write; e.g. --check')
     check = parser.parse_args().check
     # mmengine's, once for every base of every config.
     warnings.filterwarnings('ignore', 'pkg_resources is deprecated')

@@ -4,7 +4,12 @@
 
 ``CONFIG CHECKPOINT --help`` shows all arguments of the toolbox in question.
 """
-from mmlavit.launch import main
+import sys
 
 if __name__ == '__main__':
+    if sys.argv[1:] in (['-h'], ['--help']):
+        print(__doc__.strip())
+        sys.exit()
+    # Only now: it takes seconds, which --help need not wait for.
+    from mmlavit.launch import main
     main('test')

@@ -8,6 +8,9 @@ from .engine import install
 install()
 
 from .models import DiagonalityPreservingLoss, LaViT  # noqa: E402
+from .plugins import add_less_attention  # noqa: E402
 from .version import __version__  # noqa: E402
 
-__all__ = ['DiagonalityPreservingLoss', 'LaViT', '__version__']
+__all__ = [
+    'DiagonalityPreservingLoss', 'LaViT', '__version__', 'add_less_attention'
+]

@@ -98,11 +98,12 @@ class Similarity:
         self.images = 0
         self.sums: Dict = {}
         self.layers: List[dict] = []
+        self.lanes: List[tuple] = []  # which may inherit from each other
 
     @contextmanager
     def observe(self, model: nn.Module) -> Iterator[None]:
         """Adds the forward in this context; one batch at a time."""
-        maps, infos, batch = [], [], 0
+        maps, infos, lanes, batch = [], [], [], 0
 
         def add(key, value: Tensor) -> None:
             self.sums[key] = self.sums.get(key, 0.) + value.item() * batch
@@ -114,6 +115,7 @@ class Similarity:
             maps.append(attn)
             infos.append(dict(layer=i, name=layer.name, stage=layer.stage,
                               kind=layer.kind))
+            lanes.append((layer.stage, layer.lane))
             add((i, 'head_similarity'), head_similarity(attn))
             add((i, 'token_similarity'),
                 mean_pairwise_cosine(layer.tokens.float()))
@@ -129,9 +131,10 @@ class Similarity:
             yield
         for i, a in enumerate(maps):
             for j, b in enumerate(maps[:i]):
-                if a.shape[2:] == b.shape[2:]:
+                # Windows of different stages are of different numbers.
+                if a.shape[0] == b.shape[0] and a.shape[2:] == b.shape[2:]:
                     add((i, j), map_similarity(a, b))
-        self.layers = infos
+        self.layers, self.lanes = infos, lanes
         self.images += batch
 
     def result(self) -> dict:
@@ -146,10 +149,11 @@ class Similarity:
                 matrix[i][what] = matrix[what][i] = value
             else:
                 layers[i][what] = None if value != value else value
-        for i, layer in enumerate(layers):
+        last = {}
+        for i, (layer, lane) in enumerate(zip(layers, self.lanes)):
             layer['map_similarity_to_previous'] = (
-                matrix[i][i - 1]
-                if i and layers[i - 1]['stage'] == layer['stage'] else None)
+                matrix[i][last[lane]] if lane in last else None)
+            last[lane] = i
         return dict(images=self.images, layers=layers, map_similarity=matrix)
 
 

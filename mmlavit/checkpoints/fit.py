@@ -4,6 +4,7 @@ A converted less-attention layer begins as a copy of its predecessor's attention
 own layer of before, whose Q and K were dropped, can tell what it should be: no labels
 are needed, and nothing else is trained. Our choice; the paper trains from scratch.
 """
+import math
 from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator, List, NamedTuple, Sequence, Tuple
@@ -94,7 +95,7 @@ def fit_layer(attn: nn.Module, name: str, make: Callable[[], Iterator[Example]],
     measured = every[::5]
     fitted = [example for i, example in enumerate(every) if i % 5]
     before = mean_divergence(attn, measured)
-    weights = [attn.theta.weight, attn.psi.weight]
+    weights = [*attn.theta.parameters(), *attn.psi.parameters()]
     start = [weight.detach().clone() for weight in weights]
     optimizer = torch.optim.Adam(weights, lr)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1., 0., steps)
@@ -123,7 +124,7 @@ def examples(student: LaViT, teacher: nn.Module, name: str,
 
     def keep_map(layer: Layer) -> None:
         if layer.name == name:
-            maps.append(layer.to_probabilities(layer.scores))
+            maps.append(layer.probabilities(0, math.prod(layer.grids.queries)))
 
     handle = student.get_submodule(f'{name}.attn').register_forward_pre_hook(
         keep_input)

@@ -82,7 +82,7 @@ def test_plain_vit_is_observed():
         for layer in vit.layers]
     with observe_layers(vit, layers.append), torch.no_grad():
         vit(torch.rand(2, 3, 64, 64))
-    assert [layer.kind for layer in layers] == ['ViT'] * 3
+    assert [layer.kind for layer in layers] == ['VA'] * 3
     for layer, (attn, x, out) in zip(layers, inputs):
         q, k, v = attn.qkv(x).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4)
         scores = q @ k.mT / 2

@@ -65,7 +65,7 @@ def test_the_error_is_that_of_the_network_as_it_runs(mixing):
     with torch.no_grad():
         for key, model in (('own', student), ('theirs', teacher)):
             with observe_layers(model, lambda layer: maps.setdefault(
-                    (key, layer.name), layer.to_probabilities(layer.scores))):
+                    (key, layer.name), layer.attention_of(range(layer.scores.dense().shape[2])))):
                 model(images[0])
     own, theirs = (maps[key, name] for key in ('own', 'theirs'))
     expected = torch.nn.functional.kl_div(

@@ -8,6 +8,7 @@ from ...utils.checks import (require, require_bool, require_choice, require_int,
 from ..layers.attention import TRANSFORMS, VALUE_REDUCTIONS
 from ..layers.block import LayerSpec
 from ..layers.grid import Grid, Grids
+from ..layers.mixing import MIXINGS
 from ..layers.scores import SCORE_PATHS
 
 # Our choice: the paper's depths and widths are not public in full. These meet
@@ -78,6 +79,7 @@ class StageSpec(NamedTuple):
     q_base_grid: Grid
     k_base_grid: Grid
     norm: Optional[str]
+    number: int
 
 
 def resolve_arch(arch: Union[str, dict], num_va_layers: Optional[Sequence[int]],
@@ -185,7 +187,8 @@ def check_out_indices(out_indices: Sequence[int],
 
 
 def check_layer_options(*, max_key_grid: Optional[int], qkv_bias: bool,
-                        value_reduction: str, transform: str, score_path: str,
+                        value_reduction: str, transform: str, mixing: str,
+                        mixing_rank: int, score_path: str,
                         drop_rate: float, attn_drop_rate: float,
                         norm_cfg: dict, act_cfg: dict, with_cp: bool) -> dict:
     """The arguments of `Stage` that are the same for all stages.
@@ -203,6 +206,8 @@ def check_layer_options(*, max_key_grid: Optional[int], qkv_bias: bool,
         value_reduction=require_choice('value_reduction', value_reduction,
                                        VALUE_REDUCTIONS),
         transform=require_choice('transform', transform, TRANSFORMS),
+        mixing=require_choice('mixing', mixing, MIXINGS),
+        mixing_rank=require_int('mixing_rank', mixing_rank, 1),
         score_path=require_choice('score_path', score_path, SCORE_PATHS),
         drop_rate=require_number('drop_rate', drop_rate, 0, 1),
         attn_drop_rate=require_number('attn_drop_rate', attn_drop_rate, 0, 1),
@@ -282,7 +287,8 @@ def plan_stages(arch: dict, out_indices: Sequence[int], *,
                 sr_ratio=sr_ratios[i],
                 q_base_grid=q_base_grid,
                 k_base_grid=k_base_grid,
-                norm=norm_place(arch['trunk_norm'], i in out_indices)))
+                norm=norm_place(arch['trunk_norm'], i in out_indices),
+                number=i))
     return specs
 
 

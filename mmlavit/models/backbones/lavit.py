@@ -98,6 +98,10 @@ class LaViT(BaseModule):
             'token_mix', the method; for ablations 'identity' (plain reuse) or
             're_attention' (plain reuse, and DeepViT's Re-Attention on the
             attention map, which is then built). Defaults to 'token_mix'.
+        mixing (str): Theta and Psi: 'full', matrices of all tokens of the base
+            grid, or 'low_rank', ``I + U V^T`` with rows scaled to norm 1, which is
+            cheaper (our choice). Defaults to 'full'.
+        mixing_rank (int): Columns of U and V of 'low_rank'. Defaults to 16.
         dp_loss (dict, optional): Arguments of the diagonality-preserving loss
             (`DiagonalityPreservingLoss`), ``dict()`` for its defaults. Models
             of the three toolboxes then have ``loss_dp`` among their training
@@ -168,6 +172,8 @@ class LaViT(BaseModule):
                  attn_residual: Optional[bool] = None,
                  trunk_norm: Optional[bool] = None,
                  transform: str = 'token_mix',
+                 mixing: str = 'full',
+                 mixing_rank: int = 16,
                  dp_loss: Optional[dict] = None,
                  score_path: str = 'auto',
                  max_query_grid: int = 14,
@@ -201,6 +207,8 @@ class LaViT(BaseModule):
             qkv_bias=qkv_bias,
             value_reduction=value_reduction,
             transform=transform,
+            mixing=mixing,
+            mixing_rank=mixing_rank,
             score_path=score_path,
             drop_rate=drop_rate,
             attn_drop_rate=attn_drop_rate,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from .attend import is_exporting
 from .grid import (Grid, Grids, merge_heads, pool_tokens, pooled_grid,
                    split_heads, to_map, to_tokens)
-from .mixing import ReAttention, TokenMix
+from .mixing import ReAttention, TokenMix, build_mix
 from .norms import build_norm, normalise
 from .scores import LayerScores, make_scores
 
@@ -111,6 +111,7 @@ class VanillaAttention(Attention):
         qkv_bias (bool): Whether the q, k, v projections have a bias.
         score_path (str): 'auto', 'factored' or 'materialised'; see `LaViT`.
     """
+    kind = 'VA'
 
     def __init__(self, *, dims: int, num_heads: int, sr_ratio: int,
                  attn_drop_rate: float, drop_rate: float, norm_cfg: dict,
@@ -153,12 +154,17 @@ class LessAttention(Attention):
             method. For ablations: 'identity', the scores as they are, and
             're_attention', the same with the attention map passing through
             `ReAttention`.
+        mixing (str): Theta and Psi of 'token_mix': 'full', `TokenMix`, or
+            'low_rank', `LowRankMix`.
+        mixing_rank (int): Rank of 'low_rank'.
     """
+    kind = 'LA'
 
     def __init__(self, *, dims: int, num_heads: int, sr_ratio: int,
                  attn_drop_rate: float, drop_rate: float, norm_cfg: dict,
                  qkv_bias: bool, value_reduction: str, q_base_grid: Grid,
-                 k_base_grid: Grid, transform: str) -> None:
+                 k_base_grid: Grid, transform: str, mixing: str,
+                 mixing_rank: int) -> None:
         super().__init__(
             dims=dims,
             num_heads=num_heads,
@@ -172,8 +178,8 @@ class LessAttention(Attention):
         self.psi: Optional[TokenMix] = None
         self.re_attention: Optional[ReAttention] = None
         if transform == 'token_mix':
-            self.theta = TokenMix(k_base_grid)
-            self.psi = TokenMix(q_base_grid)
+            self.theta = build_mix(mixing, k_base_grid, mixing_rank)
+            self.psi = build_mix(mixing, q_base_grid, mixing_rank)
         elif transform == 're_attention':
             self.re_attention = ReAttention(num_heads)
 

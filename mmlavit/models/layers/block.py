@@ -15,6 +15,7 @@ from .grid import Grid, Grids, to_map, to_tokens
 from .mixing import AttentionDownsample
 from .norms import build_activation, build_norm, normalise
 from .scores import LayerScores, Scores
+from .step import Layer, Observable
 
 
 class ConvFFN(nn.Module):
@@ -69,7 +70,7 @@ def keep_statistics(module: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
-class Block(nn.Module):
+class Block(Observable, nn.Module):
     """Pre-norm attention and FFN, with the scores passing through beside.
 
     Args:
@@ -81,13 +82,15 @@ class Block(nn.Module):
         drop_rate (float): Dropout rate of the FFN.
         drop_path_rate (float): Rate of stochastic depth.
         with_cp (bool): Whether to recompute activations in the backward pass.
+        stage (int): The stage it is in.
     """
 
     def __init__(self, *, attn: nn.Module, dims: int, mlp_ratio: float,
                  norm_cfg: dict, act_cfg: dict, drop_rate: float,
-                 drop_path_rate: float, with_cp: bool) -> None:
+                 drop_path_rate: float, with_cp: bool, stage: int) -> None:
         super().__init__()
         self.with_cp = with_cp
+        self.stage = stage
         self.norm1 = build_norm(norm_cfg, dims)
         self.attn = attn
         self.norm2 = build_norm(norm_cfg, dims)
@@ -107,9 +110,16 @@ class Block(nn.Module):
             if any(isinstance(module, _BatchNorm) for module in self.modules()):
                 again['context_fn'] = lambda: (nullcontext(),
                                                keep_statistics(self))
-            return checkpoint(
+            x, scores = checkpoint(
                 self._forward, x, grids, scores, use_reentrant=False, **again)
-        return self._forward(x, grids, scores)
+        else:
+            x, scores = self._forward(x, grids, scores)
+        if self.observers:
+            self.hand_out(Layer(
+                self.attn.kind, self.stage, 0, grids, x, scores,
+                lambda start, stop: self.attn.probabilities(
+                    scores.rows(start, stop))))
+        return x, scores
 
     def _forward(self, x, grids, scores):
         grid = grids.queries
@@ -182,16 +192,18 @@ class Stage(nn.Module):
         k_base_grid (tuple[int, int]): Base grid of Theta.
         norm (str, optional): 'trunk': a norm, whose result the next stage and the
             output both see; 'output': the output alone; None: no norm.
-        qkv_bias, value_reduction, transform, score_path, drop_rate,
-            attn_drop_rate, norm_cfg, act_cfg, with_cp: As for `LaViT`.
+        number (int): Which stage it is, from 0.
+        qkv_bias, value_reduction, transform, mixing, mixing_rank, score_path,
+            drop_rate, attn_drop_rate, norm_cfg, act_cfg, with_cp: As for `LaViT`.
     """
 
     def __init__(self, *, layers: Sequence[LayerSpec], in_channels: int,
                  dims: int, num_heads: int, source_heads: int, patch_size: int,
                  stride: int, mlp_ratio: float, sr_ratio: int,
                  max_key_grid: Optional[int], q_base_grid: Grid,
-                 k_base_grid: Grid, norm: Optional[str], qkv_bias: bool,
-                 value_reduction: str, transform: str, score_path: str, drop_rate: float,
+                 k_base_grid: Grid, norm: Optional[str], number: int, qkv_bias: bool,
+                 value_reduction: str, transform: str, mixing: str,
+                 mixing_rank: int, score_path: str, drop_rate: float,
                  attn_drop_rate: float, norm_cfg: dict, act_cfg: dict,
                  with_cp: bool) -> None:
         super().__init__()
@@ -226,7 +238,9 @@ class Stage(nn.Module):
                     value_reduction=value_reduction,
                     q_base_grid=q_base_grid,
                     k_base_grid=k_base_grid,
-                    transform=transform)
+                    transform=transform,
+                    mixing=mixing,
+                    mixing_rank=mixing_rank)
             self.blocks.append(
                 Block(
                     attn=attn,
@@ -236,7 +250,8 @@ class Stage(nn.Module):
                     act_cfg=act_cfg,
                     drop_rate=drop_rate,
                     drop_path_rate=layer.drop_path_rate,
-                    with_cp=with_cp))
+                    with_cp=with_cp,
+                    stage=number))
         self.norm = None if norm is None else build_norm(norm_cfg, dims)
         self.norm_in_trunk = norm == 'trunk'
 

@@ -61,9 +61,12 @@ class Grids(NamedTuple):
     Args:
         queries (tuple[int, int]): Grid (h, w) of the queries.
         ratio (int): Query rows, and columns, that share a key.
+        extra (int): Queries, and keys, before those of the grid: class, distillation
+            and register tokens, which lie nowhere. Default: 0.
     """
     queries: Grid
     ratio: int
+    extra: int = 0
 
     @classmethod
     def of(cls, queries: Grid, sr_ratio: int,

@@ -2,7 +2,8 @@
 
 "Known" marks what the paper states, "our choice" what it leaves open.
 """
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,9 @@ from .grid import Grid, to_map, to_tokens
 
 if TYPE_CHECKING:
     from .scores import Scores
+
+MIXINGS = ('full', 'low_rank')
+DEFAULT_RANK = 16  # our choice: a sixth of the full product at 14 x 14 tokens
 
 
 def mix_heads(x: Tensor, mix: Tensor) -> Tensor:
@@ -28,7 +32,8 @@ class TokenMix(nn.Module):
     On the base grid it is a full matrix M. On any other grid it is
     ``I + U (M - I) D``: D averages areas down to the base grid and U resizes
     bilinearly back, at a cost linear in the tokens (our choice). There is no bias:
-    in Psi it would cancel in the softmax.
+    in Psi it would cancel in the softmax. Tokens outside of the grid, such as a class
+    token, are left as they are (our choice): they have their own rows and columns.
 
     M is ``I + W / sqrt(n)``, with two bounds on W, so that scores keep their size
     through any number of layers, whatever the optimizer does (our choice):
@@ -46,8 +51,14 @@ class TokenMix(nn.Module):
     def __init__(self, base_grid: Grid) -> None:
         super().__init__()
         self.base_grid = tuple(base_grid)
-        n = base_grid[0] * base_grid[1]
+        self._make_weights(math.prod(self.base_grid))
+
+    def _make_weights(self, n: int) -> None:
         self.weight = nn.Parameter(torch.zeros(n, n))
+
+    def reset_to_identity(self) -> None:
+        """M becomes the identity."""
+        nn.init.zeros_(self.weight)
 
     def matrix(self) -> Tensor:
         """M, (n, n)."""
@@ -56,20 +67,91 @@ class TokenMix(nn.Module):
         identity = torch.eye(n, dtype=centred.dtype, device=centred.device)
         return F.normalize(identity + centred * n**-0.5, dim=1)
 
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        """(B, N, C) on ``grid`` -> (B, N, C)."""
+    def _on_base(self, x: Tensor, extra: int = 0) -> Tensor:
+        """M x; x (B, extra + n, C), whose first ``extra`` tokens stay."""
+        matrix = self.matrix()
+        if extra:  # a padded matrix, not slices and copies of x
+            matrix = torch.block_diag(matrix.new_ones(extra).diag(), matrix)
         # bmm on an expanded matrix: matmul would transpose and copy x.
-        matrix = self.matrix().expand(x.shape[0], -1, -1)
+        return torch.bmm(matrix.expand(x.shape[0], -1, -1), x)
+
+    def forward(self, x: Tensor, grid: Grid, extra: int = 0) -> Tensor:
+        """(B, extra + N, C) -> the same; the last N tokens lie on ``grid``."""
         if not is_exporting() and tuple(grid) == self.base_grid:
-            return torch.bmm(matrix, x)
+            return self._on_base(x, extra)
         base = to_tokens(
-            F.adaptive_avg_pool2d(to_map(x, grid), self.base_grid))
-        delta = to_map(torch.bmm(matrix, base) - base, self.base_grid)
-        return x + to_tokens(
+            F.adaptive_avg_pool2d(to_map(x[:, extra:], grid), self.base_grid))
+        delta = to_map(self._on_base(base) - base, self.base_grid)
+        delta = to_tokens(
             F.interpolate(delta, grid, mode='bilinear', align_corners=False))
+        return x + (F.pad(delta, (0, 0, extra, 0)) if extra else delta)
 
     def extra_repr(self) -> str:
         return f'base_grid={self.base_grid}'
+
+
+class LowRankMix(TokenMix):
+    """Theta or Psi of low rank: a cheaper `TokenMix` (our choice).
+
+    M is ``I + U V^T / sqrt(n)`` with rows scaled to norm 1; U and V are (n, rank) and
+    the columns of V have a mean of zero. So it has both bounds of `TokenMix`. It is
+    applied as two thin products, and M is never built: the norms are those of
+    ``1 + 2 u.v + u (V^T V) u^T``, for the rows u, v of U and V / sqrt(n).
+
+    U starts at zero, so that M starts as the identity, and V at random, so that U has
+    a gradient from the first step on.
+
+    Args:
+        base_grid (tuple[int, int]): Grid (h, w) of n tokens on which it is learned.
+        rank (int): Columns of U and V; n where that is less. Default: 16.
+    """
+
+    def __init__(self, base_grid: Grid, rank: int = DEFAULT_RANK) -> None:
+        self.rank = min(rank, math.prod(base_grid))
+        super().__init__(base_grid)
+
+    def _make_weights(self, n: int) -> None:
+        self.u = nn.Parameter(torch.zeros(n, self.rank))
+        self.v = nn.Parameter(torch.randn(n, self.rank))
+
+    def reset_to_identity(self) -> None:
+        """M becomes the identity."""
+        nn.init.zeros_(self.u)
+
+    def _factors(self) -> Tuple[Tensor, Tensor, Tensor]:
+        """U (n, rank), V / sqrt(n) with centred columns, norms of the rows (n, 1)."""
+        u, n = self.u, len(self.u)
+        v = (self.v - self.v.mean(dim=0)) * n**-0.5
+        with torch.autocast(u.device.type, enabled=False):
+            square = 1 + 2 * (u * v).sum(1) + (u @ (v.T @ v) * u).sum(1)
+        # A row sums to 1, so its norm is no less; rounding may say otherwise.
+        return u, v, square.clamp_min(1 / n).sqrt().unsqueeze(1)
+
+    def matrix(self) -> Tensor:
+        """M, (n, n)."""
+        u, v, norms = self._factors()
+        identity = torch.eye(len(u), dtype=u.dtype, device=u.device)
+        return (identity + u @ v.T) / norms
+
+    def _on_base(self, x: Tensor, extra: int = 0) -> Tensor:
+        """M x; x (B, extra + n, C), whose first ``extra`` tokens stay."""
+        u, v, norms = self._factors()
+        if extra:
+            u, v = (F.pad(factor, (0, 0, extra, 0)) for factor in (u, v))
+            norms = F.pad(norms, (0, 0, extra, 0), value=1.)
+        batch = x.shape[0]
+        seen = torch.bmm(v.T.expand(batch, -1, -1), x)  # (B, rank, C)
+        mixed = torch.baddbmm(x, u.expand(batch, -1, -1), seen)
+        return mixed / norms.to(mixed.dtype)
+
+    def extra_repr(self) -> str:
+        return f'base_grid={self.base_grid}, rank={self.rank}'
+
+
+def build_mix(mixing: str, base_grid: Grid, rank: int = DEFAULT_RANK) -> TokenMix:
+    """Theta or Psi: 'full' or 'low_rank'."""
+    return (LowRankMix(base_grid, rank)
+            if mixing == 'low_rank' else TokenMix(base_grid))
 
 
 class AttentionDownsample(nn.Module):

@@ -46,7 +46,7 @@ class Scores(Protocol):
         """Means over regions of queries and keys, in float32 or better.
 
         A region is that of a key, or of ``factor`` x ``factor`` keys, so that the
-        matrix is square: (B, heads, M, M).
+        matrix is square: (B, heads, M, M). Tokens outside of the grid are in none.
         """
 
     def detach(self) -> 'Scores':
@@ -83,7 +83,8 @@ class FactoredScores(NamedTuple):
     def mix_tokens(self, theta: TokenMix, psi: TokenMix,
                    grids: Grids) -> 'FactoredScores':
         return self._replace(
-            q=psi(self.q, grids.queries), k=theta(self.k, grids.keys))
+            q=psi(self.q, grids.queries, grids.extra),
+            k=theta(self.k, grids.keys, grids.extra))
 
     def downsample(self, depthwise: Tensor, mix: Tensor, stride: int,
                    q_grid: Grid) -> 'FactoredScores':
@@ -105,10 +106,10 @@ class FactoredScores(NamedTuple):
         return self._replace(q=self.q[:, start:stop])
 
     def between_regions(self, grids: Grids, factor: int = 1) -> 'FactoredScores':
+        q, k = (at_least_float32(x[:, grids.extra:]) for x in (self.q, self.k))
         return self._replace(
-            q=pool_tokens(
-                at_least_float32(self.q), grids.queries, grids.ratio * factor),
-            k=pool_tokens(at_least_float32(self.k), grids.keys, factor),
+            q=pool_tokens(q, grids.queries, grids.ratio * factor),
+            k=pool_tokens(k, grids.keys, factor),
             mix=None if self.mix is None else at_least_float32(self.mix))
 
     def detach(self) -> 'FactoredScores':
@@ -185,14 +186,14 @@ class MaterialisedScores(NamedTuple):
 
     def mix_tokens(self, theta: TokenMix, psi: TokenMix,
                    grids: Grids) -> 'MaterialisedScores':
-        transposed = self._mix_last(theta, self.scores, grids.keys).mT
+        transposed = self._mix_last(theta, self.scores, grids.keys, grids.extra).mT
         return MaterialisedScores(
-            self._mix_last(psi, transposed, grids.queries).mT)
+            self._mix_last(psi, transposed, grids.queries, grids.extra).mT)
 
     @staticmethod
-    def _mix_last(mix: TokenMix, x: Tensor, grid: Grid) -> Tensor:
+    def _mix_last(mix: TokenMix, x: Tensor, grid: Grid, extra: int) -> Tensor:
         # (B, heads, R, T) -> (B, T, heads * R) -> back
-        tokens = mix(x.flatten(1, 2).transpose(1, 2), grid)
+        tokens = mix(x.flatten(1, 2).transpose(1, 2), grid, extra)
         return tokens.transpose(1, 2).view(x.shape)
 
     def downsample(self, depthwise: Tensor, mix: Tensor, stride: int,
@@ -212,7 +213,8 @@ class MaterialisedScores(NamedTuple):
 
     def between_regions(self, grids: Grids,
                         factor: int = 1) -> 'MaterialisedScores':
-        x, heads = at_least_float32(self.scores), self.scores.shape[1]
+        x = at_least_float32(self.scores[:, :, grids.extra:, grids.extra:])
+        heads = x.shape[1]
         for grid, ratio in ((grids.queries, grids.ratio * factor),
                             (grids.keys, factor)):
             # The first axis is pooled, (B, N, heads * M), then the two change places.

@@ -1,14 +1,15 @@
 """The attention against the formulas, written out independently."""
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from literal import dense_mix, with_extra
 from mmlavit.models.layers.attention import LessAttention, VanillaAttention
 from mmlavit.models.layers.grid import Grids, merge_heads
-from mmlavit.models.layers.mixing import AttentionDownsample, TokenMix
+from mmlavit.models.layers.mixing import (AttentionDownsample, LowRankMix,
+                                          TokenMix)
 from mmlavit.models.layers.scores import (FactoredScores, LayerScores,
                                           MaterialisedScores)
 
@@ -18,54 +19,17 @@ GRIDS = [((4, 4), (2, 2)), ((8, 8), (4, 4)), ((7, 5), (4, 3)),
          ((3, 11), (2, 6)), ((1, 1), (1, 1))]  # two rows and columns to a key
 
 
-def area_matrix(size: int, base: int) -> np.ndarray:
-    """Area pooling of a row of ``size`` cells to ``base`` cells."""
-    matrix = np.zeros((base, size))
-    for i in range(base):
-        start, end = i * size // base, math.ceil((i + 1) * size / base)
-        matrix[i, start:end] = 1 / (end - start)
-    return matrix
-
-
-def bilinear_matrix(base: int, size: int) -> np.ndarray:
-    """Linear interpolation of ``base`` cell centres at ``size`` centres."""
-    matrix = np.zeros((size, base))
-    for i in range(size):
-        x = max((i + 0.5) * base / size - 0.5, 0)
-        low = min(int(x), base - 1)
-        high = min(low + 1, base - 1)
-        matrix[i, low] += 1 - (x - low)
-        matrix[i, high] += x - low
-    return matrix
-
-
-def dense_mix(mix: TokenMix, grid: tuple) -> torch.Tensor:
-    """I + U (M - I) D as one (N, N) matrix, M with rows of norm 1."""
-    down, up = (np.kron(*(matrix(*sizes) for sizes in pairs))
-                for matrix, pairs in ((area_matrix,
-                                       zip(grid, mix.base_grid)),
-                                      (bilinear_matrix,
-                                       zip(mix.base_grid, grid))))
-    n, base = grid[0] * grid[1], len(mix.weight)
-    rows = []
-    for i, row in enumerate(mix.weight):
-        row = (row - row.sum() / base) / math.sqrt(base)
-        row = row + torch.eye(base).double()[i]
-        rows.append(row / row.square().sum().sqrt())
-    learned = torch.stack(rows) - torch.eye(base)
-    return torch.eye(n).double() + torch.tensor(up) @ learned @ torch.tensor(
-        down)
-
-
-def random_mix(base: tuple) -> TokenMix:
-    mix = TokenMix(base).double()
-    nn.init.normal_(mix.weight, std=0.3)
+def random_mix(base: tuple, kind: type = TokenMix) -> TokenMix:
+    mix = kind(base).double()
+    for weight in mix.parameters():
+        nn.init.normal_(weight, std=0.7)
     return mix
 
 
-def random_factors(heads: int, q_grid: tuple, k_grid: tuple, d: int = 3):
-    q = torch.randn(2, math.prod(q_grid), heads * d, dtype=torch.double)
-    k = torch.randn(2, math.prod(k_grid), heads * d, dtype=torch.double)
+def random_factors(heads: int, q_grid: tuple, k_grid: tuple, d: int = 3,
+                   extra: int = 0):
+    q = torch.randn(2, extra + math.prod(q_grid), heads * d, dtype=torch.double)
+    k = torch.randn(2, extra + math.prod(k_grid), heads * d, dtype=torch.double)
     return FactoredScores(q.requires_grad_(), k.requires_grad_(), heads)
 
 
@@ -74,17 +38,22 @@ def assert_same(actual, expected, tolerance=1e-10):
     assert ((actual - expected).abs().max() / scale).item() <= tolerance
 
 
+@pytest.mark.parametrize('extra', [0, 2])
+@pytest.mark.parametrize('kind', [TokenMix, LowRankMix])
 @pytest.mark.parametrize('q_grid, k_grid', GRIDS)
-def test_mixing_equals_the_formula_in_both_representations(q_grid, k_grid):
+def test_mixing_equals_the_formula_in_both_representations(q_grid, k_grid, kind,
+                                                           extra):
     """Psi(Theta(S)^T)^T with dense matrices, values and gradients."""
     torch.manual_seed(0)
-    theta, psi = random_mix((2, 2)), random_mix((4, 4))
-    factors, grids = random_factors(2, q_grid, k_grid), Grids(q_grid, 2)
+    theta, psi = random_mix((2, 2), kind), random_mix((4, 4), kind)
+    factors, grids = (random_factors(2, q_grid, k_grid, extra=extra),
+                      Grids(q_grid, 2, extra))
     assert grids.keys == k_grid
-    leaves = [factors.q, factors.k, theta.weight, psi.weight]
+    leaves = [factors.q, factors.k, *theta.parameters(), *psi.parameters()]
 
     s = factors.dense()
-    expected = dense_mix(psi, q_grid) @ (dense_mix(theta, k_grid) @ s.mT).mT
+    expected = with_extra(dense_mix(psi, q_grid), extra) @ (
+        with_extra(dense_mix(theta, k_grid), extra) @ s.mT).mT
     weight = torch.randn_like(expected)
     grads = torch.autograd.grad((expected * weight).sum(), leaves)
 
@@ -121,6 +90,36 @@ def test_mixing_of_a_hand_computed_example():
     mixed = FactoredScores(s[0], torch.eye(2)[None], 1).mix_tokens(
         theta, psi, grids)
     torch.testing.assert_close(mixed.dense(), expected)
+
+
+@pytest.mark.parametrize('std', [1e-3, 1., 1e3])
+def test_low_rank_mixing_keeps_the_size_of_scores_whatever_its_weights(std):
+    mix = LowRankMix((7, 7), rank=4)
+    for weight in mix.parameters():
+        nn.init.normal_(weight, mean=std, std=std)
+    with torch.no_grad():
+        matrix = mix.matrix()
+        torch.testing.assert_close(matrix.norm(dim=1), torch.ones(49))
+        x = torch.randn(4, 49, 64)
+        torch.testing.assert_close(mix(x, (7, 7)), matrix @ x, rtol=1e-4, atol=1e-4)
+        # Rows of U V^T have a mean of zero: the sum of a row is 1 over its norm.
+        u, v = mix.u.double(), mix.v.double() / 7
+        rows = torch.eye(49) + u @ (v - v.mean(0)).T
+    torch.testing.assert_close(
+        matrix.sum(1).double(), 1 / rows.norm(dim=1), rtol=1e-3, atol=1e-4)
+
+
+def test_low_rank_mixing_begins_as_the_identity_with_a_gradient():
+    mix = LowRankMix((4, 4))
+    assert mix.rank == 16 and LowRankMix((2, 2)).rank == 4
+    x = torch.randn(2, 17, 8)
+    assert torch.equal(mix(x, (4, 4), extra=1), x)
+    (mix(x, (4, 4), extra=1) * torch.randn_like(x)).sum().backward()
+    assert mix.u.grad.abs().min() > 0
+    assert mix.v.grad.abs().max() == 0  # from the second step on
+    nn.init.normal_(mix.u)
+    mix.reset_to_identity()
+    assert torch.equal(mix.matrix(), torch.eye(16))
 
 
 @pytest.mark.parametrize('std', [1e-3, 1., 1e3])
@@ -227,6 +226,7 @@ def vanilla(path: str = 'auto') -> VanillaAttention:
 def less(value_reduction: str = 'conv') -> LessAttention:
     return LessAttention(
         **COMMON, value_reduction=value_reduction, transform='token_mix',
+        mixing='full', mixing_rank=16,
         q_base_grid=(4, 4), k_base_grid=(2, 2)).double()
 
 

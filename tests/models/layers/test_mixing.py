@@ -27,7 +27,7 @@ def test_re_attention_layer_is_its_formula_and_starts_as_the_identity():
         dims=6, num_heads=2, sr_ratio=1, attn_drop_rate=0., drop_rate=0.,
         norm_cfg=dict(type='LN'), qkv_bias=True, value_reduction='conv',
         q_base_grid=(2, 3), k_base_grid=(2, 3),
-        transform='re_attention').double().eval()
+        mixing='full', mixing_rank=16, transform='re_attention').double().eval()
     q, k, x = (torch.randn(2, 6, 6).double() for _ in range(3))
     scores = LayerScores(FactoredScores(q, k, 2))
     plain = scores.dense().softmax(-1)
@@ -45,9 +45,25 @@ def test_re_attention_layer_is_its_formula_and_starts_as_the_identity():
     torch.testing.assert_close(out, expected)
 
 
-@pytest.mark.parametrize('transform', ['token_mix', 'identity', 're_attention'])
-def test_every_transform_trains_with_dp_loss_and_no_unused_parameters(transform):
-    model = small_lavit(transform=transform, dp_loss=dict()).train()
+@pytest.mark.parametrize('options', [
+    dict(transform='token_mix'), dict(transform='identity'),
+    dict(transform='re_attention'), dict(mixing='low_rank', mixing_rank=3)])
+def test_every_transform_trains_with_dp_loss_and_no_unused_parameters(options):
+    model = small_lavit(**options, dp_loss=dict()).train()
     outs = model(torch.rand(2, 3, 64, 80))
     (sum(out.square().mean() for out in outs) + model.dp_loss.take()).backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize('size', [(64, 64), (37, 61)])
+def test_paths_agree_with_low_rank_mixing(size):
+    """The literal N x M matrices of all stages, downsampled ones too."""
+    x, outs = torch.rand(2, 3, *size).double(), []
+    for path in ('materialised', 'auto', 'factored'):
+        model = small_lavit(mixing='low_rank', mixing_rank=3, score_path=path).double()
+        assert {len(p.T) for n, p in model.named_parameters()
+                if n.endswith(('psi.u', 'theta.v'))} == {3}
+        outs.append(model(x))
+    for maps in zip(*outs):
+        for one in maps[1:]:
+            torch.testing.assert_close(one, maps[0], rtol=1e-10, atol=1e-10)

@@ -47,6 +47,16 @@ def served(tmp_path, monkeypatch):
     server.shutdown()
 
 
+GPUS = ['cuda'] if torch.cuda.is_available() else []
+
+
+@pytest.fixture(params=['cpu', *(pytest.param(
+    gpu, marks=pytest.mark.cuda) for gpu in GPUS)])
+def device(request) -> str:
+    """Where a test of the model runs: on the CPU, and on the GPU if there is one."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import (ARCH, RANDOM_IMAGES, assert_same, cpu_autocast, digits_config,
+from builders import (ARCH, RANDOM_IMAGES, assert_same, autocast, digits_config,
                       make_runner, train)
 from mmengine.config import Config
 from mmengine.fileio import dump, get_file_backend
@@ -512,7 +512,7 @@ def test_float16_stays_finite_with_large_activations(score_path, image_scale,
     for name, parameter in model.named_parameters():
         if name.endswith(('.q.weight', '.kv.weight')):
             parameter.data *= score_scale**0.5
-    with cpu_autocast(torch.float16):
+    with autocast('cpu', torch.float16):
         maps = model(torch.randn(1, 3, 64, 64) * image_scale)
     assert all(x.isfinite().all() for x in maps)
     sum(x.float().mean() for x in maps).backward()

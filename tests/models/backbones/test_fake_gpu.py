@@ -19,6 +19,8 @@ from mmlavit.models.backbones.arch import ARCHS
 from mmlavit.models.layers.attend import MAX_BUILT_SCORES
 from mmlavit.models.layers.mixing import TokenMix
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch, 'get_autocast_dtype'), reason='not in torch 2.1')
 ARCH = dict(  # a layer of each kind
     embed_dims=(8, 16, 24, 32), depths=(1, 1, 2, 1), num_heads=(1, 2, 3, 4),
     num_va_layers=(1, 1, 1, 0))

@@ -133,10 +133,10 @@ def test_scores_between_regions_are_means_over_the_keys_regions(grid, ratio):
 
 @pytest.mark.parametrize('kwargs', [
     {}, dict(form='bounded'), dict(form='paper'), dict(form='bounded', layers='all')])
-def test_all_ways_to_compute_scores_give_one_loss(kwargs):
-    x, values = torch.randn(2, 3, 72, 100, dtype=torch.double), []
+def test_all_ways_to_compute_scores_give_one_loss(kwargs, device):
+    x, values = torch.randn(2, 3, 72, 100, dtype=torch.double, device=device), []
     for path in ('auto', 'factored', 'materialised'):
-        model = Model(dp_loss=kwargs, score_path=path).double()
+        model = Model(dp_loss=kwargs, score_path=path).double().to(device)
         losses = model(x, mode='loss')
         losses['loss_dp'].backward()
         grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -163,9 +163,9 @@ def test_preserve_of_a_hand_computed_example():
         2 * (.3 - .2) + 3 * (.2 - .1))
 
 
-def test_preserve_reaches_theta_and_psi_alone():
-    model = Model(dp_loss=dict())
-    model(torch.randn(2, 3, 64, 64), mode='loss')['loss_dp'].backward()
+def test_preserve_reaches_theta_and_psi_alone(device):
+    model = Model(dp_loss=dict()).to(device)
+    model(torch.randn(2, 3, 64, 64, device=device), mode='loss')['loss_dp'].backward()
     reached = {name for name, p in model.named_parameters()
                if p.grad is not None and p.grad.any()}
     learned = {name for name, _ in model.named_parameters()
@@ -367,11 +367,11 @@ def test_warm_up_follows_the_runners_iteration():
     assert values == pytest.approx([full * .5, full, full])
 
 
-def test_accumulated_and_checkpointed_gradients_are_the_same():
-    x = torch.randn(4, 3, 64, 64, dtype=torch.double)
+def test_accumulated_and_checkpointed_gradients_are_the_same(device):
+    x = torch.randn(4, 3, 64, 64, dtype=torch.double, device=device)
     grads = []
     for with_cp, parts in ((False, 1), (True, 1), (False, 2)):
-        model = Model(dp_loss=dict(), with_cp=with_cp).double()
+        model = Model(dp_loss=dict(), with_cp=with_cp).double().to(device)
         optim_wrapper = OptimWrapper(
             torch.optim.SGD(model.parameters(), lr=1e-3),
             accumulative_counts=parts)
@@ -415,7 +415,7 @@ def test_two_processes_give_the_gradients_of_one(tmp_path, free_port):
     'lavit_t_in1k', 'retinanet_lavit_t_coco', 'semantic_fpn_lavit_t_ade20k'
 ])
 @pytest.mark.parametrize('amp', [False, True])
-def test_total_gradient_is_task_plus_dp_in_each_toolbox(name, amp):
+def test_total_gradient_is_task_plus_dp_in_each_toolbox(name, amp, device):
     config = Config.fromfile(ROOT / f'configs/{name}.py')
     init_default_scope(config.default_scope)
     config.model.backbone.update(
@@ -440,12 +440,13 @@ def test_total_gradient_is_task_plus_dp_in_each_toolbox(name, amp):
     model = MODELS.build(config.model).train()
     model.init_weights()
     randomise(model.backbone)
+    model.to(device)
     batch = BATCHES[config.default_scope](model)
 
     def gradients(part: str) -> torch.Tensor:
         model.zero_grad()
         layers = []
-        with torch.autocast('cpu', torch.bfloat16, enabled=amp), (
+        with torch.autocast(device, torch.bfloat16, enabled=amp), (
                 observe_layers(model, layers.append)):
             losses = model(**batch, mode='loss')
         total, log = model.parse_losses(losses)

@@ -3,6 +3,7 @@
     python tools/benchmark.py                                   # LaViT-S and its peers
     python tools/benchmark.py LaViT-S PVTv2-B2 --size 800 1344 --batch-size 1 --train
     python tools/benchmark.py LaViT-S LaViT-S-twin --scaling    # from 224 to 1600 pixels
+    python tools/benchmark.py today --modes eager compiled bfloat16   # timm's, side by side
     python tools/benchmark.py configs/retinanet_lavit_s_coco.py \\
         configs/baselines/retinanet_pvtv2-b2_coco.py --whole --size 800 1344 --batch-size 1
 
@@ -16,7 +17,15 @@ path of a config whose backbone is taken, a registered class with its arguments,
     LaViT-T  LaViT-S  LaViT-B  LaViT-T-twin  LaViT-S-twin  LaViT-B-twin
     LaViT-S-keys14  LaViT-S-pooled  LaViT-S-keys14-pooled  LaViT-S-keys14-twin
     LaViT-S-factored  LaViT-S-materialised  PVT-S  PVTv2-B1  PVTv2-B2  PVTv2-B3
-    Swin-T  Swin-S  ConvNeXt-T  ResNet-50
+    Swin-T  Swin-S  ConvNeXt-T  ResNet-50                     # the toolboxes' own
+    EfficientViT-B2  Twins-SVT-S  ResNet-50-timm  FastViT-SA24  ConvNeXt-T-timm
+    EfficientFormerV2-L  Hiera-T  NextViT-S  CAFormer-S18  MambaOut-T  Swin-T-timm
+    PVTv2-B2-timm  TinyViT-21M                                # timm's
+    today                           # stands for LaViT-S, its twin and all of timm's
+
+Every model is measured in the layout, channels-last or contiguous, that a short trial
+in the same run finds faster. timm's (pip install timm) are fused for inference where
+timm can. With --modes each mode has a column of times and one of ratios, all of one run.
 
 With --whole it is the whole detector of the config, from images to boxes or to a step
 of the optimizer; with --layer one of its modules on what it is given in the model:
@@ -24,6 +33,7 @@ of the optimizer; with --layer one of its modules on what it is given in the mod
     python tools/benchmark.py LaViT-S LaViT-S-materialised --layer stages.2.blocks.3.attn
 """
 import argparse
+import functools
 import itertools
 import json
 import logging
@@ -31,11 +41,15 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import Dict
+from typing import Dict, Tuple
 
+PUBLISHED = Path(__file__).resolve().parents[1] / 'configs/published.yml'
 DEFAULT = ('LaViT-S', 'LaViT-S-twin', 'PVTv2-B2', 'Swin-T', 'ConvNeXt-T',
            'ResNet-50')
 SIDES = (224, 320, 448, 640, 896, 1280, 1600)
+# Those of mmlavit.analysis.benchmark, which --help need not import.
+MODES = ('eager', 'compiled', 'bfloat16', 'float16', 'compiled-bfloat16',
+         'graphs-bfloat16')
 
 
 def plot(results: Dict[str, Dict[str, dict]], title: str, path: Path) -> None:
@@ -94,6 +108,14 @@ def parse_args() -> argparse.Namespace:
         '--compile', action='store_true',
         help='with torch.compile; default: eager; e.g. --compile')
     parser.add_argument(
+        '--modes', nargs='+', choices=MODES, metavar='MODE',
+        help='several of these beside each other, instead of --dtype and --compile: '
+        f'{", ".join(MODES)}; default: one; e.g. --modes eager compiled bfloat16')
+    parser.add_argument(
+        '--layout', choices=('best', 'contiguous', 'channels-last'), default='best',
+        help='of weights and images; best: what a short trial finds faster; default: '
+        '%(default)s; e.g. --layout contiguous')
+    parser.add_argument(
         '--whole', action='store_true',
         help='whole detectors, every MODEL being a config; default: backbones; '
         'e.g. --whole')
@@ -133,6 +155,8 @@ def parse_args() -> argparse.Namespace:
                      'configs of detectors')
     if args.layer and (args.train or args.compile or args.whole):
         parser.error('--layer takes no --train, --compile or --whole')
+    if args.modes and (args.layer or args.compile or args.dtype != 'float32'):
+        parser.error('--modes takes no --dtype, --compile or --layer')
     if args.rounds < 2:
         parser.error(f'--rounds {args.rounds}: at least 2, for a spread')
     return args
@@ -145,36 +169,30 @@ def main() -> None:
     # After parsing: it takes seconds, which --help need not wait for.
     import torch
 
-    from mmlavit.analysis.benchmark import Workload, compare, comparison_rows
-    from mmlavit.analysis.peers import build_backbone, build_detector
-    from mmlavit.analysis.report import markdown_table, write_csv
+    from mmlavit.analysis.peers import expand_groups
+    from mmlavit.analysis.report import write_csv
     logging.disable(logging.WARNING)
+    args.models = expand_groups(args.models)
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     device = (torch.cuda.get_device_name() if args.device == 'cuda' else
               f'{torch.get_num_threads()} CPU threads ({platform.machine()})')
     title = (f'{device}, torch {torch.__version__}, batch {args.batch_size}, '
-             f'{args.dtype}, {"training step" if args.train else "inference"}'
+             f'{"several modes" if args.modes else args.dtype}, '
+             f'{"training step" if args.train else "inference"}'
              f'{", compiled" if args.compile else ""}')
     print(title)
     sizes = [(s, s) for s in SIDES] if args.scaling else [tuple(args.size)]
-    build, results, rows = build_detector if args.whole else build_backbone, {}, []
+    results, rows = {}, []
     for size in sizes:
-        work = Workload(size, args.batch_size, args.train, args.dtype, args.device,
-                        args.compile, args.whole, args.layer)
+        key = f'{size[0]}x{size[1]}'
         try:
-            measured = compare(args.models, build, work, args.rounds, args.warmup,
-                               not args.no_macs, args.profile)
+            measured, new = measure(args, size)
         except ValueError as error:
             sys.exit(str(error))
-        if not measured:  # the smaller sizes are kept
+        if not new:  # the smaller sizes are kept
             continue
-        results[f'{size[0]}x{size[1]}'] = measured
-        new = comparison_rows(measured)
-        rows += [dict(size=f'{size[0]}x{size[1]}', **row) for row in new]
-        print(f'\n{size[0]} x {size[1]}\n\n{markdown_table(new)}')
-        for name, row in measured.items():
-            if row['profile']:
-                print(f'\n{name}\n{row["profile"]}')
+        results[key] = measured
+        rows += [dict(size=key, **row) for row in new]
     if not results:
         sys.exit('No model is left to be measured.')
     args.out.mkdir(parents=True, exist_ok=True)
@@ -183,9 +201,41 @@ def main() -> None:
         dict(device=device, torch=torch.__version__, options=options,
              results=results), indent=1) + '\n')
     write_csv(rows, args.out / 'benchmark.csv')
+    if args.modes:  # the plot is of the first
+        results = {size: each[args.modes[0]] for size, each in results.items()}
     plot(results, title if args.scaling else f'{next(iter(results))}, {title}',
          args.out / 'benchmark.png')
     print(f'\nwritten to {args.out}')
+
+
+def measure(args: argparse.Namespace, size: Tuple[int, int]) -> Tuple[dict, list]:
+    """The models at one size: results, by mode if there are several, and rows."""
+    from mmlavit.analysis.benchmark import (MODES, Workload, compare, compare_modes,
+                                            comparison_rows, mode_rows)
+    from mmlavit.analysis.peers import build_backbone, build_detector, published_top1
+    from mmlavit.analysis.report import markdown_table, without_empty_columns
+    work = Workload(size, args.batch_size, args.train, args.dtype, args.device,
+                    args.compile, args.whole, args.layer, args.layout)
+    build = build_detector if args.whole else functools.partial(
+        build_backbone, size=size, fuse=not args.train)
+    options = args.rounds, args.warmup, not args.no_macs, args.profile
+    if args.modes:
+        measured = compare_modes(
+            args.models, build,
+            {mode: work._replace(**MODES[mode]) for mode in args.modes}, *options)
+        top1 = published_top1(args.models, PUBLISHED)
+        rows, each = mode_rows(measured, top1), measured
+    else:
+        measured = compare(args.models, build, work, *options)
+        rows, each = comparison_rows(measured), {'': measured}
+    if rows:
+        print(f'\n{size[0]} x {size[1]}\n\n'
+              f'{markdown_table(without_empty_columns(rows))}')
+    for mode, results in each.items():
+        for name, row in results.items():
+            if row['profile']:
+                print(f'\n{name} {mode}\n{row["profile"]}')
+    return measured, rows
 
 
 if __name__ == '__main__':

@@ -1,8 +1,11 @@
 """Speed and memory of models beside each other, on the same work."""
 import contextlib
+import copy
+import statistics
 import sys
 from pathlib import Path
-from typing import Callable, ContextManager, Dict, List, NamedTuple, Sequence, Tuple
+from typing import (Callable, ContextManager, Dict, List, Mapping, NamedTuple,
+                    Optional, Sequence, Tuple, Union)
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +13,19 @@ from torch import Tensor, nn
 from .complexity import count_macs
 from .report import number
 from .timing import Spread, Step, operator_table, peak_memory, time_in_turn
+
+LAYOUTS = {'contiguous': torch.contiguous_format,
+           'channels-last': torch.channels_last}
+# How a model is run, by the names that columns of tables have.
+MODES: Dict[str, dict] = {
+    'eager': {},
+    'compiled': dict(compile=True),
+    'bfloat16': dict(dtype='bfloat16'),
+    'float16': dict(dtype='float16'),
+    'compiled-bfloat16': dict(compile=True, dtype='bfloat16'),
+    # With CUDA graphs, which spare launching kernels one by one.
+    'graphs-bfloat16': dict(compile='reduce-overhead', dtype='bfloat16'),
+}
 
 
 class Workload(NamedTuple):
@@ -21,20 +37,23 @@ class Workload(NamedTuple):
         train (bool): A step of the optimizer instead of inference.
         dtype (str): 'float32', or that of autocast.
         device (str): 'cpu' or 'cuda'.
-        compile (bool): By torch.compile.
+        compile (bool | str): By torch.compile; a str is its mode.
         whole (bool): Models are detectors, from images to boxes or losses, instead
             of backbones.
         layer (str): The name of the module that is called alone, on what it is
             given in the model. Default: '', the model.
+        layout (str): Of weights and images: 'contiguous', 'channels-last', or
+            'best': whichever a short trial finds faster. Default: 'best'.
     """
     size: Tuple[int, int]
     batch_size: int = 8
     train: bool = False
     dtype: str = 'float32'
     device: str = 'cpu'
-    compile: bool = False
+    compile: Union[bool, str] = False
     whole: bool = False
     layer: str = ''
+    layout: str = 'best'
 
 
 def compare(names: Sequence[str], build: Callable[[str], nn.Module], work: Workload,
@@ -42,68 +61,154 @@ def compare(names: Sequence[str], build: Callable[[str], nn.Module], work: Workl
             operators: bool = False) -> Dict[str, dict]:
     """Times of every model, in turn; memory of each by itself.
 
+    As `compare_modes`, in one mode: what comes back is by model alone.
+    """
+    return compare_modes(names, build, {'': work}, rounds, warmup, macs,
+                         operators)['']
+
+
+def compare_modes(names: Sequence[str], build: Callable[[str], nn.Module],
+                  modes: Mapping[str, Workload], rounds: int = 10, warmup: int = 3,
+                  macs: bool = True,
+                  operators: bool = False) -> Dict[str, Dict[str, dict]]:
+    """Times of every model in every mode, in turn; memory of each by itself.
+
     A model that fails at its first step is left out, and stderr says so.
 
     Args:
         names (Sequence[str]): The models. Ratios are of their speeds over that of
             the first.
         build (Callable): Makes the model of a name.
-        work (Workload): What they do.
+        modes (Mapping[str, Workload]): What they do, by mode: workloads that
+            differ in dtype, compilation and layout alone.
         rounds (int): At least 2. Default: 10.
         warmup (int): Rounds that are not counted. Default: 3.
         macs (bool): Whether to count the multiply-adds of backbones. Default: True.
         operators (bool): Whether to profile the operators too. Default: False.
 
     Raises:
-        ValueError: If ``work.layer`` is no module of a model, or is not called.
+        ValueError: If ``layer`` is no module of a model, or is not called.
 
     Returns:
-        dict[str, dict]: ``ms``, ``ms_p10``, ``ms_p90``; ``images_per_s``; ``ratio``
-        with its percentiles; ``memory_mb`` beside the weights; ``params_m`` and
-        ``gmacs`` in millions and 1e9 (None: not counted); ``profile``.
+        dict[str, dict[str, dict]]: By mode and model ``ms``, ``ms_p10``, ``ms_p90``;
+        ``images_per_s``; ``ratio`` with its percentiles; ``gain``, the speed over
+        that of the same model in the first mode (None: it has none there);
+        ``memory_mb`` beside the weights; ``params_m`` and ``gmacs`` in millions and
+        1e9 (None: not counted); ``layout``; ``profile``.
     """
-    models = {name: build(name).to(work.device) for name in names}
-    for model in models.values():
-        model.train(work.train)
-    steps = {name: step for name, model in models.items()
-             if works(name, step := make_step(model, work))}
-    models = {name: models[name] for name in steps}  # the others' memory is free
-    if steps and names[0] not in steps:
-        print(f'Ratios are over {next(iter(steps))}.', file=sys.stderr)
-    times = time_in_turn(steps, rounds, warmup, work.device,
-                         f'{work.size[0]}x{work.size[1]}')
-    results = {}
-    for name, step in steps.items():
-        seconds, first = Spread.of(times[name]), next(iter(times.values()))
-        ratio = Spread.of([a / b for a, b in zip(first, times[name])])
-        measured = models[name].get_submodule(work.layer)
-        results[name] = dict(
-            ms=1e3 * seconds.median, ms_p10=1e3 * seconds.p10,
-            ms_p90=1e3 * seconds.p90,
-            images_per_s=work.batch_size / seconds.median,
+    steps: Dict[Tuple[str, str], Step] = {}
+    layouts, sizes, any_work = {}, {}, next(iter(modes.values()))
+    for name in names:
+        model = build(name).to(any_work.device)
+        model.train(any_work.train)  # of mmpretrain's it returns nothing
+        forms = in_layouts(model, {work.layout for work in modes.values()})
+        for mode, work in modes.items():
+            ready = prepare(f'{name} {mode}'.strip(), forms, work)
+            if ready is not None:
+                layouts[mode, name], steps[mode, name] = ready
+        # Those left out need their memory no more.
+        sizes[name] = count(model, any_work, macs) if any(
+            (mode, name) in steps for mode in modes) else {}
+    for mode in modes:
+        measured = [name for name in names if (mode, name) in steps]
+        if measured and measured[0] != names[0]:
+            print(f'{mode}: ratios are over {measured[0]}.' if mode else
+                  f'Ratios are over {measured[0]}.', file=sys.stderr)
+    times = time_in_turn(steps, rounds, warmup, any_work.device,
+                         f'{any_work.size[0]}x{any_work.size[1]}')
+    results: Dict[str, Dict[str, dict]] = {mode: {} for mode in modes}
+    firsts: Dict[str, List[float]] = {}  # by mode: times of the first model
+    for (mode, name), seconds in sorted(
+            times.items(), key=lambda item: names.index(item[0][1])):
+        step, first = steps[mode, name], firsts.setdefault(mode, seconds)
+        spread, ratio = Spread.of(seconds), speed_ratio(first, seconds)
+        slow = times.get((next(iter(modes)), name))
+        results[mode][name] = dict(
+            ms=1e3 * spread.median, ms_p10=1e3 * spread.p10, ms_p90=1e3 * spread.p90,
+            images_per_s=any_work.batch_size / spread.median,
             ratio=ratio.median, ratio_p10=ratio.p10, ratio_p90=ratio.p90,
-            memory_mb=peak_memory(step, work.device),
-            params_m=sum(p.numel() for p in measured.parameters()) / 1e6,
-            profile=operator_table(step) if operators else None,
-            gmacs=count_macs(models[name], work.size) / 1e9
-            if macs and not work.whole and not work.layer else None)
+            gain=slow and speed_ratio(slow, seconds).median,
+            memory_mb=peak_memory(step, any_work.device),
+            layout=layouts[mode, name],
+            profile=operator_table(step) if operators else None, **sizes[name])
     return results
 
 
-def works(name: str, step: Step) -> bool:
-    """Takes the first step, which compiles; a model that fails there is left out."""
+def speed_ratio(one: Sequence[float], other: Sequence[float]) -> Spread:
+    """How much faster the other is, of the rounds' times."""
+    return Spread.of([a / b for a, b in zip(one, other)])
+
+
+def count(model: nn.Module, work: Workload, macs: bool) -> dict:
+    """Parameters and multiply-adds, which no mode changes."""
+    counted = macs and not work.whole and not work.layer
+    parameters = model.get_submodule(work.layer).parameters()
+    return dict(params_m=sum(p.numel() for p in parameters) / 1e6,
+                gmacs=count_macs(model, work.size) / 1e9 if counted else None)
+
+
+def in_layouts(model: nn.Module, wanted: set) -> Dict[str, nn.Module]:
+    """The model as it is, and a copy with channels-last weights where one is wanted.
+
+    A model that chooses the layout of its weights itself keeps it.
+    """
+    forms = {'contiguous': model}
+    if wanted - {'contiguous'}:
+        forms['channels-last'] = copy.deepcopy(model).to(
+            memory_format=torch.channels_last)
+    return forms
+
+
+def prepare(title: str, forms: Mapping[str, nn.Module],
+            work: Workload) -> Optional[Tuple[str, Step]]:
+    """The layout and the step of a model that has taken its first; None if it fails."""
+    tried = LAYOUTS if work.layout == 'best' else [work.layout]
+    steps = {layout: make_step(forms[layout], work._replace(
+        compile=False, layout=layout)) for layout in tried}
+    errors = {layout: error for layout, step in steps.items()
+              if (error := first_error(step, work)) is not None}
+    if len(errors) == len(steps):
+        return leave_out(title, next(iter(errors.values())))
+    # Compiled, a model has the layout in which it is faster eager.
+    layout = fastest({layout: step for layout, step in steps.items()
+                      if layout not in errors}, work.device)
+    if not work.compile:
+        return layout, steps[layout]
+    step = make_step(forms[layout], work._replace(layout=layout))
+    error = first_error(step, work)
+    return (layout, step) if error is None else leave_out(title, error)
+
+
+def first_error(step: Step, work: Workload) -> Optional[str]:
+    """Takes the first step, which compiles; in words what is wrong, if anything."""
     try:
         step()
     except Exception as error:
-        print(f'{name} is left out: {type(error).__name__}: '
-              f'{str(error).strip().partition(chr(10))[0]}', file=sys.stderr)
-        return False
-    return True
+        if work.device == 'cuda':  # another model may fit into the memory
+            torch.cuda.empty_cache()
+        return (f'{type(error).__name__}: '
+                f'{str(error).strip().partition(chr(10))[0]}')
+    return None
+
+
+def leave_out(title: str, error: str) -> None:
+    print(f'{title} is left out: {error}', file=sys.stderr)
+
+
+def fastest(steps: Dict[str, Step], device: str) -> str:
+    """By the median of three rounds."""
+    if len(steps) == 1:
+        return next(iter(steps))
+    times = time_in_turn(steps, rounds=3, warmup=1, device=device, quiet=True)
+    return min(times, key=lambda name: statistics.median(times[name]))
 
 
 def make_step(model: nn.Module, work: Workload) -> Step:
     """One inference, or one forward, backward and SGD step."""
-    forward = make_forward(torch.compile(model) if work.compile else model, work)
+    if work.compile:
+        model = torch.compile(
+            model, mode=work.compile if isinstance(work.compile, str) else None)
+    forward = make_forward(model, work)
 
     def infer() -> None:
         with torch.no_grad(), autocast(work):
@@ -134,11 +239,16 @@ def make_forward(model: nn.Module, work: Workload) -> Callable[[], object]:
     """A call that gives tensors: maps, boxes or, in training, losses."""
     if work.whole:
         return detector_forward(model, work)
-    images = torch.rand(work.batch_size, 3, *work.size, device=work.device)
+    images = lay_out(
+        torch.rand(work.batch_size, 3, *work.size, device=work.device), work)
     if work.layer:
         layer, inputs = find_layer(model, work.layer, images)
         return lambda: layer(*inputs)
     return lambda: model(images)
+
+
+def lay_out(images: Tensor, work: Workload) -> Tensor:
+    return images.contiguous(memory_format=LAYOUTS[work.layout])
 
 
 def detector_forward(model: nn.Module, work: Workload) -> Callable[[], List[Tensor]]:
@@ -150,6 +260,7 @@ def detector_forward(model: nn.Module, work: Workload) -> Callable[[], List[Tens
 
     def forward() -> List[Tensor]:
         batch = model.data_preprocessor(data, work.train)
+        batch['inputs'] = lay_out(batch['inputs'], work)
         if work.train:
             return [model.parse_losses(model(**batch, mode='loss'))[0]]
         return [r.pred_instances.bboxes for r in model(**batch, mode='predict')]
@@ -189,7 +300,34 @@ def comparison_rows(results: Dict[str, dict]) -> List[dict]:
             'MB': number(r['memory_mb'], 0),
             'parameters, M': number(r['params_m'], 2),
             'MACs, G': number(r['gmacs'], 2),
+            'layout': r['layout'],
             'speed ratio':
             f'{r["ratio"]:.2f} ({r["ratio_p10"]:.2f}-{r["ratio_p90"]:.2f})'
         })
+    return rows
+
+
+def mode_rows(results: Dict[str, Dict[str, dict]],
+              top1: Mapping[str, float]) -> List[dict]:
+    """The results of `compare_modes` with a mode's time and ratio side by side.
+
+    Args:
+        results (dict): By mode and model.
+        top1 (Mapping[str, float]): Published accuracies in percent, by model.
+    """
+    rows = []
+    for name in dict.fromkeys(name for each in results.values() for name in each):
+        found = {mode: each.get(name) for mode, each in results.items()}
+        known = [r for r in found.values() if r]
+        row = {
+            'model': Path(name).stem if name.endswith('.py') else name,
+            'top-1, published': number(top1.get(name)),
+            'parameters, M': number(known[0]['params_m'], 2),
+            'MACs, G': number(known[0]['gmacs'], 2),
+        }
+        for mode, r in found.items():
+            row[f'{mode}, ms'] = number(r and r['ms'])
+            row[f'{mode}, speed ratio'] = number(r and r['ratio'], 2)
+        row['layout'] = ' / '.join(dict.fromkeys(r['layout'] for r in known))
+        rows.append(row)
     return rows

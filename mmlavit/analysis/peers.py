@@ -2,9 +2,10 @@
 import ast
 import importlib
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
+import yaml
 from mmengine.config import Config
 from mmengine.registry import MODELS as REGISTRY
 from mmengine.registry import init_default_scope
@@ -34,6 +35,31 @@ def swin(depths: List[int]) -> dict:
                 num_heads=[3, 6, 12, 24], drop_path_rate=0.)
 
 
+def timm(name: str, out_indices: Tuple[int, ...] = (0, 1, 2, 3)) -> dict:
+    """A network of timm by mmpretrain's wrapper: its maps, without a head."""
+    return dict(type='mmpretrain.TIMMBackbone', model_name=name, features_only=True,
+                out_indices=out_indices)
+
+
+# Strong networks of about LaViT-S's accuracy, as timm implements them.
+TIMM_PEERS: Dict[str, dict] = {
+    'EfficientViT-B2': timm('efficientvit_b2'),
+    'Twins-SVT-S': timm('twins_svt_small'),
+    'ResNet-50-timm': timm('resnet50', (1, 2, 3, 4)),  # 0 is its stem
+    'FastViT-SA24': timm('fastvit_sa24'),
+    'ConvNeXt-T-timm': timm('convnext_tiny'),
+    'EfficientFormerV2-L': timm('efficientformerv2_l'),
+    'Hiera-T': timm('hiera_tiny_224'),
+    'NextViT-S': timm('nextvit_small'),
+    'CAFormer-S18': timm('caformer_s18'),
+    'MambaOut-T': timm('mambaout_tiny'),
+    'Swin-T-timm': timm('swin_tiny_patch4_window7_224'),
+    'PVTv2-B2-timm': timm('pvt_v2_b2'),
+    'TinyViT-21M': timm('tiny_vit_21m_224'),
+}
+# They are built for one size of input.
+SIZED = ('EfficientFormerV2-L', 'Hiera-T', 'Swin-T-timm')
+
 PEERS: Dict[str, dict] = {
     'LaViT-T': lavit('tiny'),
     'LaViT-S': lavit('small'),
@@ -58,21 +84,58 @@ PEERS: Dict[str, dict] = {
     'ConvNeXt-T': dict(type='mmpretrain.ConvNeXt', arch='tiny',
                        out_indices=(0, 1, 2, 3), gap_before_final_norm=False),
     'ResNet-50': dict(type='mmdet.ResNet', depth=50),
+    **TIMM_PEERS,
+}
+
+# Names that stand for several.
+GROUPS: Dict[str, List[str]] = {
+    'today': ['LaViT-S', 'LaViT-S-twin', *TIMM_PEERS],
 }
 
 
-def build_backbone(name: str) -> nn.Module:
+def build_backbone(name: str, size: Optional[Tuple[int, int]] = None,
+                   fuse: bool = False) -> nn.Module:
     """A backbone with the weights that seed 0 gives, on the CPU.
 
     Args:
         name (str): One of `PEERS`, the path of a config whose backbone is taken, or
             a registered class with its arguments, ``'mmdet.ResNet(depth=101)'``.
+        size (tuple[int, int], optional): (H, W) in pixels, for those that are built
+            for one size. Default: None, their own, 224 x 224.
+        fuse (bool): Whether those that are made to be fused for inference are, as
+            timm does it. Default: False.
 
     Raises:
         ValueError: If it is none of these.
     """
     torch.manual_seed(0)
-    return REGISTRY.build(backbone_config(name))
+    config = backbone_config(name)
+    if size and name in SIZED:
+        config['img_size'] = size
+    model = REGISTRY.build(config)
+    if fuse and name in TIMM_PEERS:
+        from timm.utils import reparameterize_model
+        model.timm_model = reparameterize_model(model.timm_model.eval())
+    return model
+
+
+def published_top1(names: Sequence[str], published: Path) -> Dict[str, float]:
+    """Published ImageNet-1K top-1 in percent, of the names that have one.
+
+    Args:
+        names (Sequence[str]): Of `PEERS`.
+        published (Path): configs/published.yml.
+    """
+    known = yaml.safe_load(published.read_text())
+    top1 = {row['model']: row['top1'] for row in known['classification']
+            if 'top1' in row}
+    top1.update(known['timm'])
+    return {name: top1[name] for name in names if name in top1}
+
+
+def expand_groups(names: Sequence[str]) -> List[str]:
+    """The names, each of `GROUPS` replaced by those that it stands for."""
+    return [each for name in names for each in GROUPS.get(name, [name])]
 
 
 def build_detector(path: str) -> nn.Module:

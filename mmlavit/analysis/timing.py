@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Callable, Dict, Iterator, List, NamedTuple, Sequence
 
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 Step = Callable[[], object]
+# As torch's profiler calls it, and as torch 2.1's did.
+DEVICE_TIME = ('self_device_time_total' if hasattr(
+    FunctionEventAvg(), 'self_device_time_total') else 'self_cuda_time_total')
 
 
 class Spread(NamedTuple):
@@ -31,7 +36,7 @@ class Spread(NamedTuple):
 
 
 def time_in_turn(steps: Dict[str, Step], rounds: int, warmup: int, device: str,
-                 title: str = '') -> Dict[str, List[float]]:
+                 title: str = '', quiet: bool = False) -> Dict[str, List[float]]:
     """Seconds of every step in every round.
 
     The steps take turns, so that a change of the machine's speed meets all of them.
@@ -42,9 +47,11 @@ def time_in_turn(steps: Dict[str, Step], rounds: int, warmup: int, device: str,
         warmup (int): Rounds before, that are not.
         device (str): 'cuda' waits for the GPU before the clock is read.
         title (str): Of the progress bar. Default: none.
+        quiet (bool): Without a progress bar. Default: False.
     """
     times = {name: [] for name in steps}
-    for i in tqdm(range(warmup + rounds), title, disable=None):
+    for i in tqdm(range(warmup + rounds), title,
+                  disable=quiet or None):
         for name, step in steps.items():
             synchronise(device)
             begin = time.perf_counter()
@@ -89,6 +96,42 @@ def operator_table(step: Step) -> str:
         step()
     return run.key_averages().table(
         sort_by='self_cpu_time_total', row_limit=12, max_name_column_width=40)
+
+
+class Kernels(NamedTuple):
+    """What the device did in a step."""
+    ms: float  # from the first launch to the end of the last kernel
+    busy_ms: float  # in kernels
+    calls: int
+    rows: List[dict]  # ``kernel``, ``calls``, ``ms``, ``share``, the longest first
+
+
+def profile_kernels(step: Step, device: str) -> Kernels:
+    """The kernels of a step on a GPU, the operators on a CPU.
+
+    A step whose kernels take much less than it takes itself waits for launches.
+    """
+    activities = [ProfilerActivity.CPU]
+    kind, attribute = DeviceType.CPU, 'self_cpu_time_total'
+    if device == 'cuda':
+        activities.append(ProfilerActivity.CUDA)
+        kind, attribute = DeviceType.CUDA, DEVICE_TIME
+    step()
+    synchronise(device)
+    with one_cycle(), profile(activities=activities) as run:
+        begin = time.perf_counter()
+        step()
+        synchronise(device)
+        ms = 1e3 * (time.perf_counter() - begin)
+    events = [event for event in run.key_averages()
+              if event.device_type == kind
+              and not getattr(event, 'is_user_annotation', False)]
+    busy = sum(getattr(event, attribute) for event in events) / 1e3
+    rows = [dict(kernel=event.key, calls=event.count,
+                 ms=getattr(event, attribute) / 1e3,
+                 share=getattr(event, attribute) / 1e3 / max(busy, 1e-9))
+            for event in sorted(events, key=lambda e: -getattr(e, attribute))]
+    return Kernels(ms, busy, sum(event.count for event in events), rows)
 
 
 @contextlib.contextmanager

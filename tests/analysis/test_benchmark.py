@@ -1,11 +1,14 @@
 """What is compared, not how fast that is."""
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from mmlavit.analysis.benchmark import (Workload, compare, comparison_rows,
-                                        find_layer)
+from mmlavit.analysis.benchmark import (MODES, Workload, compare, compare_modes,
+                                        comparison_rows, fastest, find_layer,
+                                        mode_rows)
 from mmlavit.analysis.peers import build_backbone, build_detector
 
 ROOT = Path(__file__).parents[2]
@@ -81,3 +84,79 @@ def test_whole_detectors_are_compared(train):
     # The neck and the head too.
     assert list(results) == configs
     assert results[configs[0]]['params_m'] > 17
+
+
+class Net(nn.Module):
+    """Runs in the layout alone that it is made for, and notes what it is given."""
+
+    def __init__(self, layout: torch.memory_format) -> None:
+        super().__init__()
+        self.conv, self.layout, self.seen = nn.Conv2d(3, 4, 3), layout, []
+
+    def forward(self, x):
+        assert x.is_contiguous(memory_format=self.layout), 'of the wrong layout'
+        if self.layout == torch.channels_last:
+            assert self.conv.weight.is_contiguous(memory_format=self.layout)
+        out = self.conv(x)
+        self.seen.append(out.dtype)
+        return [out]
+
+
+NETS = {'first': torch.contiguous_format, 'last': torch.channels_last}
+
+
+def test_every_model_has_the_layout_in_which_it_runs_best():
+    results = compare(list(NETS), lambda name: Net(NETS[name]), SMALL, rounds=2,
+                      warmup=0, macs=False)
+    assert {name: r['layout'] for name, r in results.items()} == {
+        'first': 'contiguous', 'last': 'channels-last'}
+    # A given one is kept to.
+    results = compare(list(NETS), lambda name: Net(NETS[name]),
+                      SMALL._replace(layout='contiguous'), 2, 0, macs=False)
+    assert list(results) == ['first']
+    assert fastest({'slow': lambda: time.sleep(.05), 'fast': lambda: None},
+                   'cpu') == 'fast'
+
+
+def test_modes_stand_beside_each_other():
+    nets = {name: Net(layout) for name, layout in NETS.items()}
+    results = compare_modes(
+        list(nets), nets.__getitem__,
+        {mode: SMALL._replace(**MODES[mode]) for mode in ('eager', 'bfloat16')},
+        rounds=3, warmup=0, macs=False)
+    assert set(nets['first'].seen) == {torch.float32, torch.bfloat16}
+    for mode, each in results.items():
+        assert each['first']['ratio'] == 1
+        assert (each['last']['gain'] == 1) == (mode == 'eager')
+    rows = mode_rows(results, dict(last=81.25))
+    assert [row['model'] for row in rows] == ['first', 'last']
+    assert [row['top-1, published'] for row in rows] == ['', '81.2']
+    assert list(rows[0])[4:] == ['eager, ms', 'eager, speed ratio', 'bfloat16, ms',
+                                 'bfloat16, speed ratio', 'layout']
+    assert rows[1]['bfloat16, speed ratio'] == (
+        f"{results['bfloat16']['last']['ratio']:.2f}")
+    assert rows[1]['layout'] == 'channels-last'
+
+
+def test_a_model_that_fails_in_one_mode_has_an_empty_cell_there(capsys):
+    def build(name: str) -> nn.Module:
+        net = Net(torch.contiguous_format)
+        if name == 'float only':
+            net.conv.register_forward_hook(refuse_bfloat16)
+        return net
+
+    def refuse_bfloat16(module, args, out) -> None:
+        if out.dtype == torch.bfloat16:
+            raise RuntimeError('no such kernel')
+
+    results = compare_modes(
+        ['float only', 'other'], build,
+        {mode: SMALL._replace(**MODES[mode]) for mode in ('eager', 'bfloat16')},
+        rounds=2, warmup=0, macs=False)
+    said = capsys.readouterr().err
+    assert 'float only bfloat16 is left out: RuntimeError: no such kernel' in said
+    assert 'bfloat16: ratios are over other.' in said
+    assert list(results['eager']) == ['float only', 'other']
+    assert list(results['bfloat16']) == ['other']
+    assert results['bfloat16']['other']['ratio'] == 1
+    assert mode_rows(results, {})[0]['bfloat16, ms'] == ''

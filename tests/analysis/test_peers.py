@@ -1,7 +1,13 @@
 """The models that LaViT is compared with."""
-import pytest
+from pathlib import Path
 
-from mmlavit.analysis.peers import backbone_config, build_backbone
+import pytest
+import torch
+
+from mmlavit.analysis.peers import (PEERS, TIMM_PEERS, backbone_config,
+                                    build_backbone, expand_groups, published_top1)
+
+PUBLISHED = Path(__file__).parents[2] / 'configs/published.yml'
 
 
 def test_twins_have_vanilla_attention_alone():
@@ -24,3 +30,33 @@ def test_registered_classes_are_taken_with_their_arguments():
     model = build_backbone('mmdet.ResNet(depth=18, out_indices=(2, ))')
     assert model.depth == 18 and model.out_indices == (2, )
     assert type(build_backbone('mmpretrain.LeNet5')).__name__ == 'LeNet5'
+
+
+@pytest.mark.parametrize('name', TIMM_PEERS)
+def test_networks_of_timm_give_maps_and_fused_the_same(name):
+    size = 96, 160
+    nets = [build_backbone(name, size, fuse=fuse) for fuse in (False, True)]
+    images = torch.rand(1, 3, *size)
+    for net in nets:
+        net.eval()
+    with torch.no_grad():
+        outs = [net(images) for net in nets]
+    for x, y, stride in zip(*outs, (4, 8, 16, 32), strict=True):
+        # Swin's and MambaOut's have their channels last.
+        assert size[0] // stride in x.shape[1:3] and size[1] // stride in x.shape[2:]
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
+
+
+def test_fast_vit_is_fused_for_inference():
+    plain, fused = (build_backbone('FastViT-SA24', fuse=fuse) for fuse in (False, True))
+    assert sum(1 for _ in fused.modules()) < .6 * sum(1 for _ in plain.modules())
+
+
+def test_names_stand_for_networks_with_published_accuracies():
+    names = expand_groups(['LaViT-T', 'today', 'PVT-S'])
+    assert names == ['LaViT-T', 'LaViT-S', 'LaViT-S-twin', *TIMM_PEERS, 'PVT-S']
+    assert set(names) <= set(PEERS)
+    top1 = published_top1(names, PUBLISHED)
+    assert set(names) - set(top1) == {'LaViT-S-twin'}
+    assert top1['LaViT-S'] == 82.6 and top1['ResNet-50-timm'] == 80.4
+    assert all(75 < value < 85 for value in top1.values())

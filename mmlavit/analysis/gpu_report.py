@@ -22,7 +22,7 @@ from .gpu_report_parts import FULL, SMALL, Plan, parts_of
 from .report import markdown_table, number
 
 ROOT = Path(__file__).resolve().parents[2]
-PART_SECONDS = 400  # at most, so that no part takes the time of all
+PART_SHARE = .5  # of the time, so that no part takes that of all
 LEAST_SECONDS = 20  # in which no part can do anything
 
 
@@ -39,6 +39,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
               'alone; --try-on-cpu runs its parts in small, to see that they run.',
               file=sys.stderr)
         return 2
+    torch.backends.cudnn.benchmark = True  # every network's best convolutions
     if args.part:
         write_json(result_path(args.out, args.part),
                    parts_of(plan)[args.part](plan, args.out))
@@ -79,7 +80,7 @@ def run_all(plan: Plan, out: Path, seconds: float) -> int:
             state = 'not yet run: the time is over'
         else:
             print(f'[{i}/{len(names)}] {name} ...', flush=True)
-            state = run_part(name, plan, out, min(left, PART_SECONDS))
+            state = run_part(name, plan, out, min(left, PART_SHARE * seconds))
         print(f'[{i}/{len(names)}] {name}: {state}', flush=True)
         write_page(plan, out)
     missing = [name for name in names if not result_path(out, name).is_file()]
@@ -156,7 +157,8 @@ def machine(device: str) -> Dict[str, str]:
                 'cuDNN': str(torch.backends.cudnn.version()),
                 'TF32 in float32 products, convolutions':
                 f'{torch.backends.cuda.matmul.allow_tf32}, '
-                f'{torch.backends.cudnn.allow_tf32}'}
+                f'{torch.backends.cudnn.allow_tf32}',
+                'cudnn.benchmark': str(torch.backends.cudnn.benchmark)}
     rows['Python'] = platform.python_version()
     for package in ('torch', 'mmcv', 'mmdet', 'mmpretrain', 'timm'):
         try:

@@ -62,27 +62,30 @@ OURS = ('LaViT-S', 'LaViT-S-twin', 'LaViT-T', 'LaViT-T-twin', 'LaViT-B',
         'LaViT-B-twin', 'LaViT-S-keys14', 'LaViT-S-keys14-twin')
 TOOLBOXES = ('PVTv2-B2', 'Swin-T', 'ConvNeXt-T', 'ResNet-50')
 ALL = (*OURS, *TIMM_PEERS, *TOOLBOXES)
+SOME = ('LaViT-S', 'LaViT-S-twin', 'LaViT-S-keys14', 'LaViT-T', 'LaViT-B',
+        'PVTv2-B2-timm', 'Swin-T-timm', 'ConvNeXt-T-timm', 'ResNet-50-timm',
+        'FastViT-SA24', 'CAFormer-S18')
 FEW = ('LaViT-S', 'LaViT-S-twin', 'PVTv2-B2-timm', 'Swin-T-timm', 'ConvNeXt-T-timm')
-EAGER = ('eager', 'bfloat16', 'float16')
+TYPES = ('eager', 'bfloat16', 'float16')
+TWO_TYPES = ('eager', 'bfloat16')
+COMPILED = ('bfloat16', 'compiled-bfloat16')
 DETECTION = (800, 1344)
 
 FULL = Plan(
     device='cuda',
     tests=('-m', 'cuda', 'tests/models'),
     benches={
-        'inference-224': Bench(ALL, (224, 224), 128, EAGER),
-        'training-224': Bench(ALL, (224, 224), 128, EAGER, True, 5),
-        'inference-800x1344': Bench(ALL, DETECTION, 2, EAGER),
-        'training-800x1344': Bench(ALL, DETECTION, 2, EAGER, True, 5),
-        'inference-512': Bench(ALL, (512, 512), 32, EAGER),
-        'training-512': Bench(ALL, (512, 512), 16, EAGER, True, 5),
-        'compiled-inference-224': Bench(
-            FEW, (224, 224), 128, ('bfloat16', 'compiled-bfloat16')),
-        'compiled-training-224': Bench(
-            FEW, (224, 224), 128, ('bfloat16', 'compiled-bfloat16'), True, 5),
+        'inference-224': Bench(ALL, (224, 224), 128, TYPES),
+        'training-224': Bench(ALL, (224, 224), 128, TWO_TYPES, True, 5),
+        'inference-800x1344': Bench(ALL, DETECTION, 2, TYPES),
+        'training-800x1344': Bench(ALL, DETECTION, 2, TWO_TYPES, True, 5),
+        'inference-512': Bench(SOME, (512, 512), 32, TWO_TYPES),
+        'training-512': Bench(SOME, (512, 512), 16, TWO_TYPES, True, 5),
+        'compiled-inference-224': Bench(FEW, (224, 224), 128, COMPILED),
         'compiled-inference-800x1344': Bench(
-            FEW, DETECTION, 2,
-            ('bfloat16', 'compiled-bfloat16', 'graphs-bfloat16')),
+            FEW, DETECTION, 2, (*COMPILED, 'graphs-bfloat16')),
+        'compiled-training-224': Bench(
+            (*FEW[:2], 'Swin-T-timm'), (224, 224), 128, COMPILED, True, 5),
     },
     profiles={
         'inference, 224': Bench(FEW, (224, 224), 128, ('bfloat16', )),
@@ -231,7 +234,7 @@ def run_benchmark(plan: Plan, out: Path, name: str) -> dict:
     with contextlib.redirect_stderr(io.StringIO()) as said:
         results = compare_modes(bench.models, builder_of(bench),
                                 works_of(bench, plan.device), bench.rounds,
-                                macs=not bench.train)
+                                warmup=1, macs=not bench.train)
     print(said.getvalue())
     rows = mode_rows(results, published_top1(bench.models, PUBLISHED))
     memory = [{'model': model, **{

@@ -18,8 +18,8 @@ from ...plugins.layer import ScoredLayer
 from ...plugins.qkv import LessProjection
 from ...utils.checks import require, require_bool, require_ints
 from ..layers.grid import Grids, merge_heads, split_heads
-from ..layers.mixing import DEFAULT_RANK, AttentionDownsample
-from ..layers.scores import LayerScores, make_scores
+from ..layers.mixing import DEFAULT_RANK
+from ..layers.scores import AttentionDownsample, LayerScores, make_scores
 
 
 class PVTLayer(ScoredLayer, PVTEncoderLayer):
@@ -58,7 +58,7 @@ class ScoreAttention:
     def output(self, inherited: LayerScores, scores: LayerScores,
                v: Tensor) -> Tuple[Tensor, None]:
         """softmax(S) V, projected; v (B, M, C) -> (N, B, C)."""
-        self.exchange.inherited, self.exchange.scores = inherited, scores
+        self.exchange.keep(inherited, scores)
         z = scores.attend(split_heads(v, self.num_heads),
                           self.dropout if self.training else 0.)
         return self.out_proj(merge_heads(z)).transpose(0, 1), None
@@ -68,7 +68,7 @@ class VanillaAttention(ScoreAttention, nn.MultiheadAttention):
     """torch's attention; where its scores are wanted, it keeps Q and K."""
     def forward(self, query: Tensor, key: Tensor,
                 value: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
-        if not (self.exchange.wanted or self.exchange.given):
+        if not (self.exchange.wanted or self.exchange.given is not None):
             return super().forward(query, key, value)
         biases = ([None] * 3 if self.in_proj_bias is None else
                   self.in_proj_bias.chunk(3))

@@ -12,9 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from .attend import is_exporting
 from .attention import LessAttention, VanillaAttention
 from .grid import Grid, Grids, to_map, to_tokens
-from .mixing import AttentionDownsample
 from .norms import build_activation, build_norm, normalise
-from .scores import LayerScores, Scores
+from .scores import AttentionDownsample, LayerScores, Scores
 from .step import Layer, Observable
 
 

@@ -3,7 +3,7 @@
 "Known" marks what the paper states, "our choice" what it leaves open.
 """
 import math
-from typing import TYPE_CHECKING, Tuple
+from typing import Tuple
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 from .attend import is_exporting
 from .grid import Grid, to_map, to_tokens
-
-if TYPE_CHECKING:
-    from .scores import Scores
 
 MIXINGS = ('full', 'low_rank')
 DEFAULT_RANK = 16  # our choice: a sixth of the full product at 14 x 14 tokens
@@ -152,42 +149,6 @@ def build_mix(mixing: str, base_grid: Grid, rank: int = DEFAULT_RANK) -> TokenMi
     """Theta or Psi: 'full' or 'low_rank'."""
     return (LowRankMix(base_grid, rank)
             if mixing == 'low_rank' else TokenMix(base_grid))
-
-
-class AttentionDownsample(nn.Module):
-    """Scores of one stage -> scores over the next stage's query grid.
-
-    Known: a depth-wise convolution, then a 1x1 convolution from the heads of
-    one stage to those of the next. Our choice: 3x3 with the stride of the patch
-    embedding, over the two-dimensional query grid, one kernel per head, no
-    biases (they cancel in the softmax). Kernels are divided by the sum of their
-    absolute weights, and the 1x1 convolution so that the mean square norm of its
-    rows is 1: scores keep their size and do not vanish. Starts as the mean over the 3x3 window
-    and with every new head inheriting one old head.
-
-    Args:
-        in_heads (int): Heads of the stage before.
-        out_heads (int): Heads of this stage.
-        stride (int): Stride between their query grids.
-    """
-
-    def __init__(self, in_heads: int, out_heads: int, stride: int) -> None:
-        super().__init__()
-        self.stride = stride
-        self.depthwise = nn.Parameter(torch.full((in_heads, 1, 3, 3), 1 / 9))
-        source = torch.arange(out_heads) * in_heads // out_heads
-        self.mix = nn.Parameter(F.one_hot(source, in_heads).float())
-
-    def forward(self, scores: 'Scores', q_grid: Grid) -> 'Scores':
-        """Scores over the last stage's ``q_grid`` -> over this stage's grid."""
-        return scores.downsample(
-            F.normalize(self.depthwise, p=1, dim=(1, 2, 3)),
-            F.normalize(self.mix, dim=(0, 1)) * len(self.mix)**.5, self.stride,
-            q_grid)
-
-    def extra_repr(self) -> str:
-        out_heads, in_heads = self.mix.shape
-        return f'{in_heads}, {out_heads}, stride={self.stride}'
 
 
 class ReAttention(nn.Module):

@@ -13,7 +13,7 @@ from typing import NamedTuple, Optional, Protocol, Tuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .attend import (attend_factors, attend_matrix, attend_sum, piece_starts,
                      recomputed)
@@ -297,3 +297,39 @@ class LayerScores(NamedTuple):
         computed none and passes on what it inherited.
         """
         return self.inherited if self.own is None else self.own
+
+
+class AttentionDownsample(nn.Module):
+    """Scores of one stage -> scores over the next stage's query grid.
+
+    Known: a depth-wise convolution, then a 1x1 convolution from the heads of
+    one stage to those of the next. Our choice: 3x3 with the stride of the patch
+    embedding, over the two-dimensional query grid, one kernel per head, no
+    biases (they cancel in the softmax). Kernels are divided by the sum of their
+    absolute weights, and the 1x1 convolution so that the mean square norm of its
+    rows is 1: scores keep their size and do not vanish. Starts as the mean over the
+    3x3 window and with every new head inheriting one old head.
+
+    Args:
+        in_heads (int): Heads of the stage before.
+        out_heads (int): Heads of this stage.
+        stride (int): Stride between their query grids.
+    """
+
+    def __init__(self, in_heads: int, out_heads: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.depthwise = nn.Parameter(torch.full((in_heads, 1, 3, 3), 1 / 9))
+        source = torch.arange(out_heads) * in_heads // out_heads
+        self.mix = nn.Parameter(F.one_hot(source, in_heads).float())
+
+    def forward(self, scores: Scores, q_grid: Grid) -> Scores:
+        """Scores over the last stage's ``q_grid`` -> over this stage's grid."""
+        return scores.downsample(
+            F.normalize(self.depthwise, p=1, dim=(1, 2, 3)),
+            F.normalize(self.mix, dim=(0, 1)) * len(self.mix)**.5, self.stride,
+            q_grid)
+
+    def extra_repr(self) -> str:
+        out_heads, in_heads = self.mix.shape
+        return f'{in_heads}, {out_heads}, stride={self.stride}'

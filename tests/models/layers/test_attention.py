@@ -8,10 +8,9 @@ from torch import nn
 from literal import dense_mix, with_extra
 from mmlavit.models.layers.attention import LessAttention, VanillaAttention
 from mmlavit.models.layers.grid import Grids, merge_heads
-from mmlavit.models.layers.mixing import (AttentionDownsample, LowRankMix,
-                                          TokenMix)
-from mmlavit.models.layers.scores import (FactoredScores, LayerScores,
-                                          MaterialisedScores)
+from mmlavit.models.layers.mixing import LowRankMix, TokenMix
+from mmlavit.models.layers.scores import (AttentionDownsample, FactoredScores,
+                                          LayerScores, MaterialisedScores)
 
 LN = dict(type='LN', eps=1e-6)
 # (query grid, key grid): the base grids, larger, odd, non-square, tiny.

@@ -593,6 +593,17 @@ def ddp_worker(rank: int, port: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+def test_a_checkpoint_of_this_release_gives_the_same_maps():
+    saved = torch.load(ROOT / 'tests/fixtures/lavit_0.2.0.pth')
+    model = build(**{k: saved['meta'][k] for k in ('arch', 'pretrain_img_size')})
+    model.load_state_dict(saved['state_dict'])
+    with torch.no_grad():
+        maps = model.eval()(saved['image'])
+    for found, kept in zip(maps, saved['maps'], strict=True):
+        # Rounding differs between processors and versions of torch, no more.
+        torch.testing.assert_close(found, kept, rtol=1e-5, atol=1e-5)
+
+
 def test_a_checkpoint_of_the_first_release_is_refused():
     saved = torch.load(ROOT / 'tests/fixtures/lavit_0.1.0.pth')
     model = build(**{k: saved['meta'][k] for k in ('arch', 'pretrain_img_size')})

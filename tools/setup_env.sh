@@ -33,12 +33,12 @@ die() { printf '\n[setup] ERROR: %s\n' "$*" >&2; exit 1; }
 # $NAMES: the toolboxes, a file in requirements. $LOCK: what they and all that they
 # need hash to. $CXX_STANDARD: what torch's headers want where mmcv asks for less.
 VENV=.venv-$STACK NAMES=openmmlab MMCV=mmcv PINS=requirements/constraints.txt LOCK=
-IMPORTS='mmdet, mmseg, mmpretrain' LAST_PYTHON=12 CXX_STANDARD=
+IMPORTS='mmdet, mmseg, mmpretrain' FIRST_PYTHON=10 LAST_PYTHON=12 CXX_STANDARD=
 case $STACK/$TOOLBOXES in
     openmmlab/all) VENV=.venv LOCK=requirements/lock.txt ;;
     openmmlab/mmpretrain) VENV=.venv-mmpretrain NAMES=mmpretrain MMCV=mmcv-lite IMPORTS=mmpretrain LAST_PYTHON=13 ;;
     onedl/all) NAMES=onedl MMCV=onedl-mmcv ;;
-    latest/all) NAMES=onedl MMCV=onedl-mmcv PINS=requirements/constraints-latest.txt CXX_STANDARD=20 ;;
+    latest/all) NAMES=onedl MMCV=onedl-mmcv PINS=requirements/constraints-latest.txt FIRST_PYTHON=11 CXX_STANDARD=20 ;;
     oldest/all) PINS=requirements/constraints-oldest.txt LAST_PYTHON=11 ;;
     */all) die "STACK=$STACK is not known. Choose openmmlab (the default), onedl, latest or oldest." ;;
     *) die "TOOLBOXES=$TOOLBOXES with STACK=$STACK is not known. Choose TOOLBOXES=all (the default), or TOOLBOXES=mmpretrain with STACK=openmmlab." ;;
@@ -58,7 +58,7 @@ STEP='the start'
 step() { STEP=$1; say "$1"; }
 on_error() {
     printf '\n[setup] FAILED at: %s\n' "$STEP" >&2
-    printf '[setup] Mend what the lines above name and run the same command again: it goes on from here.\n' >&2
+    printf '[setup] Fix what the lines above report, then run the same command again. It goes on from here.\n' >&2
     printf '[setup] To start over, remove %s first.\n' "$VENV" >&2
 }
 
@@ -79,7 +79,7 @@ locked() { if [ -n "$LOCK" ]; then echo "--require-hashes -r requirements/lock-$
 # Gigabytes into the installation is late to learn that the disk is too small.
 check_space() {  # $1: folder, $2: GiB, $3: for what, $4: another way out
     local free; free=$(df -Pk "$1" | awk 'NR == 2 { print int($4 / 1048576) }')
-    [ "$free" -ge "$2" ] || die "$free GiB are free in $1, and $3 takes $2. Make room and run the same command again${4:-}."
+    [ "$free" -ge "$2" ] || die "Only $free GiB are free in $1, and $3 needs $2. Make room and run the same command again${4:-}."
 }
 
 # The kind of ops to build: CUDA ops take a GPU that torch can use and an nvcc of
@@ -88,13 +88,13 @@ choose_ops() {
     if [ "$MMCV_CUDA_OPS" = build ]; then
         echo cuda
     elif [ "$MMCV_CUDA_OPS" = 1 ] && nvidia-smi -L >/dev/null 2>&1; then
-        "$VENV/bin/python" - <<'PY'
+        "$VENV/bin/python" - "$VENV" <<'PY'
 import re, subprocess, sys, torch
 from torch.utils.cpp_extension import CUDA_HOME
 
 def cpu(why):
-    print('    CPU ops although there is a GPU:', why, file=sys.stderr)
-    print('    Detectors will not run on the GPU. Mend it, remove .venv and run this again.', file=sys.stderr)
+    print('    There is a GPU, but mmcv gets CPU ops:', why, file=sys.stderr)
+    print(f'    Detectors will not run on the GPU. Fix that, remove {sys.argv[1]} and run this again.', file=sys.stderr)
     sys.exit(print('cpu'))
 
 if not torch.cuda.is_available():
@@ -137,8 +137,9 @@ show_build() {
 
 install_mmcv() {  # $1: cpu | cuda, the rest: pip's options
     local ops=$1; shift
+    # Without debug symbols, which take two thirds of the time.
+    local settings=(MMCV_WITH_OPS=1 CFLAGS="${CFLAGS:-} -g0" CXXFLAGS="${CXXFLAGS:-} -g0")
     # mmcv builds CUDA ops wherever torch sees a GPU: hide it for CPU ops.
-    local settings=(MMCV_WITH_OPS=1)
     case $ops/$MMCV_CUDA_OPS in
         cuda/build) settings+=(FORCE_CUDA=1) ;;
         cpu/*) settings+=(CUDA_VISIBLE_DEVICES=) ;;
@@ -159,42 +160,22 @@ hide_unusable_gpu() {
     if [ "$(tail -n 1 "$STAMP")" = cpu ]; then export CUDA_VISIBLE_DEVICES=; fi
 }
 
-# In a function, so that the shell has read it whole before anything changes.
-setup_env() {
-    trap on_error ERR
-    set -E
+python_version() { "$1" -c 'import sys; print(sys.version)' | tr '\n' ' '; }
 
-    command -v "$PYTHON" >/dev/null || die "$PYTHON is not there. Install Python 3.10, 3.11 or 3.12, or name one: PYTHON=/path/to/python3.11 bash tools/setup_env.sh"
-    "$PYTHON" -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, $LAST_PYTHON))" \
-        || die "$("$PYTHON" --version 2>&1) found, but this stack needs Python 3.10 to 3.$LAST_PYTHON. Name one: PYTHON=/path/to/python3.11 bash tools/setup_env.sh"
+check_python() {
+    command -v "$PYTHON" >/dev/null || die "$PYTHON is not there. Install Python 3.$FIRST_PYTHON to 3.$LAST_PYTHON, or name one: PYTHON=/path/to/python3.11 bash tools/setup_env.sh"
+    "$PYTHON" -c "import sys; sys.exit(not (3, $FIRST_PYTHON) <= sys.version_info[:2] <= (3, $LAST_PYTHON))" \
+        || die "$("$PYTHON" --version 2>&1) found, but this stack needs Python 3.$FIRST_PYTHON to 3.$LAST_PYTHON. Name one: PYTHON=/path/to/python3.11 bash tools/setup_env.sh"
+}
 
-    local version wanted
-    version=$("$PYTHON" -c 'import sys; print(sys.version)' | tr '\n' ' ')
-    wanted="$version $(cat requirements/*.txt setup.py tools/setup_env.sh | cksum)"
-    wanted="$wanted $MMCV_CUDA_OPS $HASHES $({ nvidia-smi -L 2>/dev/null || true; } | wc -l) $PWD"
-    if [ "$(head -n 1 "$STAMP" 2>/dev/null)" = "$wanted" ]; then
-        say "$VENV is up to date."
-        hide_unusable_gpu
-        trap - ERR; set +E
-        return
-    fi
-
-    if [ "$MMCV" = mmcv-lite ]; then
-        say "Setting up $VENV: about 2 minutes the first time, most of it for downloads."
-    else
-        say "Setting up $VENV: about 15 minutes on 2 cores the first time, most of it for compiling mmcv's ops."
-    fi
-    step "1/5 virtual environment ($("$PYTHON" --version 2>&1))"
-    [ -x "$VENV/bin/python" ] && "$VENV/bin/python" -m pip --version >/dev/null 2>&1 \
-        && [ "$("$VENV/bin/python" -c 'import sys; print(sys.version)' | tr '\n' ' ')" = "$version" ] \
-        || "$PYTHON" -m venv --clear "$VENV" \
+make_venv() {
+    if [ -x "$VENV/bin/python" ] && "$VENV/bin/python" -m pip --version >/dev/null 2>&1 \
+        && [ "$(python_version "$VENV/bin/python")" = "$(python_version "$PYTHON")" ]; then return; fi
+    "$PYTHON" -m venv --clear "$VENV" \
         || die "$PYTHON cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv"
+}
 
-    [ -d "$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch" ] || {
-        check_space . 9 'the environment with its downloads'
-        check_space "${TMPDIR:-/tmp}" 3 'what pip downloads' ', or name another folder: TMPDIR=/path bash tools/setup_env.sh'
-    }
-    step "2/5 torch, $IMPORTS (1 to 5 minutes, 3 GB to download)"
+install_libraries() {
     if [ -n "$LOCK" ]; then
         pip_install --require-hashes --only-binary :all: -r "$LOCK"
     else
@@ -204,21 +185,38 @@ setup_env() {
     fi
     # opencv-python needs libGL, which servers and containers often lack.
     "$VENV/bin/python" -c 'import cv2' 2>/dev/null || {
-        say 'cv2 does not import here (no libGL?): taking the headless build.'
+        say 'cv2 does not import here (no libGL?). Taking opencv-python-headless instead.'
         pip_install --force-reinstall --no-deps $(locked opencv-python-headless)
     }
+}
+
+make_env() {  # $1: what the stamp is to say
+    if [ "$MMCV" = mmcv-lite ]; then
+        say "Setting up $VENV: about 2 minutes the first time, most of it for downloads."
+    else
+        say "Setting up $VENV: about 10 minutes on 2 cores the first time, most of it for compiling mmcv's ops."
+    fi
+    step "1/5 virtual environment ($("$PYTHON" --version 2>&1))"
+    make_venv
+
+    [ -d "$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch" ] || {
+        check_space . 9 'the environment with its downloads'
+        check_space "${TMPDIR:-/tmp}" 3 'what pip downloads' ', or name another folder: TMPDIR=/path bash tools/setup_env.sh'
+    }
+    step "2/5 torch, $IMPORTS (1 to 5 minutes, 3 GB to download)"
+    install_libraries
 
     local ops=none
     if [ "$MMCV" = mmcv-lite ]; then
-        step '3/5 and 4/5 are left out: mmcv-lite has no ops to compile'
+        step '3/5 and 4/5 are skipped: mmcv-lite has no ops to compile'
     else
         ops=$(choose_ops)
-        step "3/5 $MMCV with $ops ops (about 10 minutes on 2 cores; seconds if pip has the wheel cached)"
+        step "3/5 $MMCV with $ops ops (about 5 minutes on 2 cores; seconds if pip has the wheel in its cache)"
         install_mmcv "$ops"
 
         step '4/5 checking that mmcv.ops runs'
         check_mmcv_ops "$ops" || {
-            say 'That mmcv has no usable ops: compiling it anew, without the cache.'
+            say "This mmcv has no usable ops. Compiling it again, without pip's cache."
             install_mmcv "$ops" --no-cache-dir --force-reinstall
             check_mmcv_ops "$ops"
         }
@@ -227,12 +225,30 @@ setup_env() {
     step '5/5 mmlavit'
     pip_install --no-build-isolation --no-deps -e .
     "$VENV/bin/python" -c "import mmlavit, $IMPORTS; print('    mmlavit', mmlavit.__version__)"
-    "$VENV/bin/python" -m pip check || say 'pip check names conflicts, above: something was installed here that this stack does not fit.'
+    "$VENV/bin/python" -m pip check || say "pip check reports the conflicts above: $VENV holds something that does not fit this stack."
 
-    printf '%s\n%s\n' "$wanted" "$ops" > "$STAMP"
-    hide_unusable_gpu
+    printf '%s\n%s\n' "$1" "$ops" > "$STAMP"
     say "Done. To work in it: source $VENV/bin/activate"
-    trap - ERR; set +E
+}
+
+# In a function, so that the shell has read it whole before anything changes.
+setup_env() {
+    trap on_error ERR
+    set -E
+
+    check_python
+    local wanted
+    wanted="$(python_version "$PYTHON") $(cat requirements/*.txt setup.py tools/setup_env.sh | cksum)"
+    wanted="$wanted $MMCV_CUDA_OPS $HASHES $({ nvidia-smi -L 2>/dev/null || true; } | wc -l) $PWD"
+    if [ "$(head -n 1 "$STAMP" 2>/dev/null)" = "$wanted" ]; then
+        say "$VENV is up to date."
+    else
+        make_env "$wanted"
+    fi
+    hide_unusable_gpu
+
+    trap - ERR
+    set +E
 }
 
 setup_env

@@ -1,10 +1,12 @@
-"""Runs a file of tools/export.py on images with onnxruntime, without torch.
+"""Runs a file of tools/export.py on images with onnxruntime or OpenVINO, without torch.
 
     python tools/infer_onnx.py detector.onnx IMAGES --out outputs
-    python tools/infer_onnx.py classifier.onnx photo.jpg
+    python tools/infer_onnx.py classifier.onnx photo.jpg --runtime openvino
+    python tools/infer_onnx.py detector.onnx data/digits/images/val \
+        --annotations data/digits/annotations/val.json
 
 Detectors (exported with ``--part end-to-end``), classifiers and segmentors.
-Needs onnxruntime, numpy and OpenCV; Pillow where the file says so. Preprocessing and
+Needs the runtime, numpy and OpenCV; Pillow where the file says so. Preprocessing and
 class names come from the file. Writes to --out: ``predictions.json``, and for each
 image a picture with boxes, or a mask whose pixels are class indices.
 """
@@ -33,9 +35,16 @@ def parse_args() -> argparse.Namespace:
         '--score-thr', type=float, default=0.3,
         help='least score of a box that is drawn; predictions.json has all; '
         'default: 0.3; e.g. --score-thr 0.5')
+    parser.add_argument(
+        '--runtime', choices=('onnxruntime', 'openvino'), default='onnxruntime',
+        help='default: %(default)s; e.g. --runtime openvino')
+    parser.add_argument(
+        '--annotations', type=Path, metavar='JSON',
+        help="COCO's; prints the average precision of a detector, by pycocotools; "
+        'default: not; e.g. --annotations data/digits/annotations/val.json')
     args = parser.parse_args()
-    for path in (args.model, args.images):
-        if not path.exists():
+    for path in (args.model, args.images, args.annotations):
+        if path is not None and not path.exists():
             parser.error(f'{path}: no such file or folder')
     return args
 
@@ -45,13 +54,12 @@ class Model:
 
     Args:
         path (Path): The file.
+        runtime (str): 'onnxruntime' or 'openvino'. Default: 'onnxruntime'.
     """
 
-    def __init__(self, path: Path) -> None:
-        import onnxruntime
-        self.session = onnxruntime.InferenceSession(
-            path, providers=onnxruntime.get_available_providers())
-        held = self.session.get_modelmeta().custom_metadata_map
+    def __init__(self, path: Path, runtime: str = 'onnxruntime') -> None:
+        start = start_openvino if runtime == 'openvino' else start_onnxruntime
+        self.run, held = start(path)
         if 'task' not in held:
             sys.exit(f'{path}: no metadata: expected a file of tools/export.py')
         self.about = {name: json.loads(value) for name, value in held.items()}
@@ -70,6 +78,11 @@ class Model:
 
     def __call__(self, image) -> list:
         """The outputs for one image (H, W, 3), BGR, 0 to 255; and its new size."""
+        inputs, size = self.prepare(image)
+        return self.run(inputs), size
+
+    def prepare(self, image) -> tuple:
+        """The inputs for one image, by name; and its new size."""
         import numpy as np
         image = resize(image, self.about['resize'])
         height, width = image.shape[:2]
@@ -83,7 +96,28 @@ class Model:
         inputs = dict(images=image.transpose(2, 0, 1)[None].copy())
         if self.task == 'detection':
             inputs['shapes'] = np.float32([[height, width]])
-        return self.session.run(None, inputs), (height, width)
+        return inputs, (height, width)
+
+
+def start_onnxruntime(path: Path) -> tuple:
+    """A file as a function from inputs by name to outputs; and its metadata."""
+    import onnxruntime
+    session = onnxruntime.InferenceSession(
+        path, providers=onnxruntime.get_available_providers())
+    return (lambda inputs: session.run(None, inputs),
+            session.get_modelmeta().custom_metadata_map)
+
+
+def start_openvino(path: Path) -> tuple:
+    """The same; in bfloat16 where the processor has it, unlike onnxruntime."""
+    import openvino
+    core = openvino.Core()
+    model = core.read_model(path)
+    rt_info = model.get_rt_info()
+    held = rt_info['framework'] if 'framework' in rt_info else {}
+    compiled = core.compile_model(model, 'CPU')
+    return (lambda inputs: list(compiled(inputs).to_tuple()),
+            {name: held[name].astype(str) for name in held})
 
 
 def resize(image, steps: List[dict]):
@@ -185,6 +219,27 @@ RESULTS = dict(detection=detection, classification=classification,
                segmentation=segmentation)
 
 
+def average_precision(predictions: Dict[str, dict], annotations: Path) -> None:
+    """Prints COCO's figures of boxes; images are found by the ends of their names."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+    truth = COCO(str(annotations))
+    ids = {Path(image['file_name']).name: key for key, image in truth.imgs.items()}
+    categories = {x['name']: key for key, x in truth.cats.items()}
+    rows = []
+    for file, found in predictions.items():
+        for (x1, y1, x2, y2), score, label in zip(
+                found['bboxes'], found['scores'], found['labels']):
+            rows.append(dict(
+                image_id=ids[Path(file).name], category_id=categories[label],
+                bbox=[x1, y1, x2 - x1, y2 - y1], score=score))
+    evaluation = COCOeval(truth, truth.loadRes(rows), 'bbox')
+    evaluation.params.imgIds = [ids[Path(file).name] for file in predictions]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+
+
 def find_images(path: Path) -> Iterable[Path]:
     files = [path] if path.is_file() else sorted(
         file for file in path.rglob('*') if file.suffix.lower() in SUFFIXES)
@@ -197,7 +252,9 @@ def main() -> None:
     args = parse_args()
     # After parsing: it takes seconds, which --help need not wait for.
     import cv2
-    model = Model(args.model)
+    model = Model(args.model, args.runtime)
+    if args.annotations and model.task != 'detection':
+        sys.exit(f'--annotations: {args.model}: expected a detector, end to end')
     root = args.images if args.images.is_dir() else args.images.parent
     predictions: Dict[str, dict] = {}
     for file in find_images(args.images):
@@ -216,6 +273,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / 'predictions.json').write_text(json.dumps(predictions, indent=1))
     print(f'{len(predictions)} images; written to {args.out}')
+    if args.annotations:
+        average_precision(predictions, args.annotations)
 
 
 if __name__ == '__main__':

@@ -15,6 +15,7 @@ EXAMPLE = (3, 1187, 1447)
 STRIDES = (1, 4, 8, 16, 32)
 # Sides below it are axes of one element somewhere, which a graph treats otherwise.
 LEAST_SIDE = 33
+MAX_FOLDED = 2**28  # the size of a tensor; torch's own limit is small
 
 
 def export_program(part: Part) -> ExportedProgram:
@@ -49,6 +50,7 @@ def to_onnx(program: ExportedProgram, part: Part, path: Path,
         RuntimeError: If a size is frozen; the message names the node and the size.
     """
     import onnx
+    from onnxscript import optimizer
 
     from .translations import TRANSLATIONS
     with warnings.catch_warnings():
@@ -61,6 +63,10 @@ def to_onnx(program: ExportedProgram, part: Part, path: Path,
             input_names=list(part.inputs),
             output_names=list(part.outputs),
             verbose=False)
+    # What follows from the weights alone, as Theta and Psi, is computed here.
+    optimizer.fold_constants(
+        made.model, input_size_limit=MAX_FOLDED, output_size_limit=MAX_FOLDED)
+    optimizer.remove_unused_nodes(made.model)
     model = made.model_proto
     name_sizes(model)
     frozen = list(frozen_sizes(model))
@@ -69,6 +75,20 @@ def to_onnx(program: ExportedProgram, part: Part, path: Path,
                            + '; '.join(frozen[:5]))
     onnx.helper.set_model_props(model, metadata or {})
     onnx.save(model, path)
+
+
+def to_fixed_onnx(part: Part, size: Tuple[int, int, int], path: Path) -> None:
+    """Writes an ONNX file for one batch size, height and width.
+
+    For models of others, beside which ours are measured: few of them export for any
+    size.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # torch's, of its own internals
+        torch.onnx.export(
+            part, part.example(*size), path, dynamo=True, opset_version=OPSET,
+            input_names=list(part.inputs), output_names=list(part.outputs),
+            verbose=False)
 
 
 def name_sizes(model) -> None:
@@ -132,6 +152,55 @@ def halve_weights(path: Path) -> None:
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     onnx.save(model, path)
+
+
+def quantise_linear(path: Path, inputs: Iterable[Dict[str, object]]) -> int:
+    """Turns the linear layers of an ONNX file to int8, by onnxruntime's own tool.
+
+    Weights have a scale for each output channel, activations one for each tensor,
+    from their largest value on the inputs given. Everything else stays in float32:
+    other convolutions, attention, Theta and Psi, norms.
+
+    Args:
+        path (Path): The file, which is overwritten.
+        inputs (Iterable[dict[str, np.ndarray]]): Inputs by name to calibrate with.
+
+    Returns:
+        int: How many layers there are.
+    """
+    import onnx
+    from onnxruntime.quantization import (CalibrationDataReader, QuantType,
+                                          quantize_static)
+
+    class Reader(CalibrationDataReader):
+        rest = iter(inputs)
+
+        def get_next(self) -> Optional[dict]:
+            return next(self.rest, None)
+
+    model = onnx.load(path)
+    layers = list(linear_layers(model))
+    metadata = {x.key: x.value for x in model.metadata_props}
+    quantize_static(
+        path, path, Reader(), nodes_to_quantize=layers, per_channel=True,
+        activation_type=QuantType.QInt8, weight_type=QuantType.QInt8,
+        extra_options=dict(ActivationSymmetric=True, WeightSymmetric=True))
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, metadata)
+    onnx.save(model, path)
+    return len(layers)
+
+
+def linear_layers(model) -> Iterable[str]:
+    """Names of the products with stored matrices, and of the 1x1 convolutions."""
+    shapes = {x.name: x.dims for x in model.graph.initializer}
+    for node in model.graph.node:
+        weight = shapes.get(node.input[1]) if len(node.input) > 1 else None
+        if weight is None:
+            continue
+        if (node.op_type in ('MatMul', 'Gemm') and len(weight) == 2 or
+                node.op_type == 'Conv' and list(weight[2:]) == [1, 1]):
+            yield node.name
 
 
 def to_pt2(program: ExportedProgram, path: Path) -> None:

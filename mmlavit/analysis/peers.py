@@ -41,6 +41,39 @@ def timm(name: str, out_indices: Tuple[int, ...] = (0, 1, 2, 3)) -> dict:
                 out_indices=out_indices)
 
 
+def la_deit(arch: str, **kwargs) -> dict:
+    """With less attention from layer 4 of 12 on."""
+    return dict(type='LessAttentionViT', arch=arch, first_la_layer=4, **kwargs)
+
+
+def la_pvt(**kwargs) -> dict:
+    return dict(type='LessAttentionPVT', num_layers=[3, 4, 6, 3],
+                num_va_layers=(3, 4, 3, 1), **kwargs)
+
+
+def la_swin(**kwargs) -> dict:
+    return dict(swin([2, 2, 6, 2]), type='LessAttentionSwin', la_layers=(6, 7, 8, 9),
+                **kwargs)
+
+
+# Less attention in others' transformers, and those that are not below.
+LESS_ATTENTION: Dict[str, dict] = {
+    'DeiT-T': dict(type='mmpretrain.VisionTransformer', arch='deit-tiny'),
+    'LA-DeiT-T': la_deit('deit-tiny'),
+    'LA-DeiT-T-low-rank': la_deit('deit-tiny', mixing='low_rank'),
+    'DeiT-S': dict(type='mmpretrain.VisionTransformer', arch='deit-small'),
+    'LA-DeiT-S': la_deit('deit-small'),
+    'LA-DeiT-S-low-rank': la_deit('deit-small', mixing='low_rank'),
+    'LA-PVT-S': la_pvt(),
+    'LA-PVT-S-low-rank': la_pvt(mixing='low_rank'),
+    'LA-Swin-T': la_swin(),
+    'LA-Swin-T-low-rank': la_swin(mixing='low_rank'),
+    'LaViT-S-low-rank': lavit('small', mixing='low_rank'),
+}
+# What registers them; LaViT is registered with the package.
+MODULES = dict(LessAttentionViT='la_vit', LessAttentionPVT='la_pvt',
+               LessAttentionSwin='la_swin')
+
 # Strong networks of about LaViT-S's accuracy, as timm implements them.
 TIMM_PEERS: Dict[str, dict] = {
     'EfficientViT-B2': timm('efficientvit_b2'),
@@ -84,6 +117,7 @@ PEERS: Dict[str, dict] = {
     'ConvNeXt-T': dict(type='mmpretrain.ConvNeXt', arch='tiny',
                        out_indices=(0, 1, 2, 3), gap_before_final_norm=False),
     'ResNet-50': dict(type='mmdet.ResNet', depth=50),
+    **LESS_ATTENTION,
     **TIMM_PEERS,
 }
 
@@ -158,6 +192,9 @@ def backbone_config(name: str) -> dict:
     scope = config['type'].partition('.')[0]
     if scope in ('mmdet', 'mmseg', 'mmpretrain'):
         importlib.import_module(f'{scope}.models')  # registers them
+    if config['type'] in MODULES:
+        importlib.import_module(
+            f'mmlavit.models.backbones.{MODULES[config["type"]]}')
     if REGISTRY.get(config['type']) is None:
         raise ValueError(f'{name}: expected the path of a config, a registered '
                          f'name or one of {", ".join(PEERS)}')

@@ -109,9 +109,14 @@ def stock_parts(model: nn.Module) -> List[Tuple[nn.Module, Family]]:
 
 def family_of(stock: type) -> Optional[Family]:
     """What is known of a class, or of the class that it inherits from."""
-    for base in stock.__mro__:
-        name = FAMILIES.get(f'{base.__module__}.{base.__qualname__}')
-        if name is not None:
-            return importlib.import_module(
-                f'mmlavit.models.backbones.{name}').FAMILY
-    return None
+    name = module_of(stock)
+    if name is None:
+        return None
+    return importlib.import_module(f'mmlavit.models.backbones.{name}').FAMILY
+
+
+def module_of(stock: type) -> Optional[str]:
+    """The module in ``mmlavit.models.backbones`` that knows a class."""
+    names = (FAMILIES.get(f'{base.__module__}.{base.__qualname__}')
+             for base in stock.__mro__)
+    return next((name for name in names if name is not None), None)

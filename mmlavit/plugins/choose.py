@@ -24,22 +24,33 @@ def choose_and_convert(part: nn.Module, family: Family, images: Optional[Tensor]
                  "a tensor (B, 3, H, W) of images for layers='auto'")
     require(images.dim() == 4 and len(images) > 0, 'images.shape', tuple(images.shape),
             '(B, 3, H, W) with at least one image')
-    require_number('min_similarity', min_similarity, 0)
-    most = require_int('num_layers', 10**6 if num_layers is None else num_layers, 1)
     found = layer_similarities(part, images)
-    alike = [i for i, value in found.items() if value >= min_similarity]
-    require(bool(alike), 'min_similarity', min_similarity,
-            f'at most {max(found.values()):.3f}, the largest similarity of a layer to '
-            'the one before')
-    chosen = sorted(alike, reverse=True)[:most]  # deepest first
+    chosen = choose(found, num_layers, min_similarity)
     size = tuple(images.shape[2:])
     before = count_parameters(part), count_macs(part, size)
-    plan = convert(part, family, sorted(chosen), **options)
+    plan = convert(part, family, chosen, **options)
     after = count_parameters(part), count_macs(part, size)
     plan.layers = [ConvertedLayer(layer.index, layer.name, found[layer.index])
                    for layer in plan.layers]
     plan.report = report(plan.layers, size, before, after)
     return plan
+
+
+def choose(similarities: Dict[int, float], num_layers: Optional[int],
+           min_similarity: float) -> List[int]:
+    """The layers that are similar enough, deepest first, no more than ``num_layers``.
+
+    Raises:
+        TypeError, ValueError: For arguments that cannot work, or if there is none.
+    """
+    require_number('min_similarity', min_similarity, 0)
+    if num_layers is not None:
+        num_layers = require_int('num_layers', num_layers, 1)
+    alike = [i for i, value in similarities.items() if value >= min_similarity]
+    require(bool(alike), 'min_similarity', min_similarity,
+            f'at most {max(similarities.values()):.3f}, the largest similarity of a '
+            'layer to the one before')
+    return sorted(sorted(alike, reverse=True)[:num_layers])
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """A layer of a stock class that takes and gives attention scores."""
 from dataclasses import dataclass
 from functools import partial
-from typing import Hashable, NamedTuple, Optional, Tuple
+from typing import Hashable, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from ..models.layers.grid import Grids
 from ..models.layers.scores import LayerScores
 from ..models.layers.step import Layer, Observable
-from .handover import Exchange, Handed, Handover
+from .handover import Done, Exchange, Handed, Handover
 
 
 @dataclass
@@ -49,13 +49,6 @@ class Role:
     extra: int
     handover: Handover
     exchange: Exchange
-
-
-class Done(NamedTuple):
-    """What a layer's attention leaves behind."""
-    inherited: Optional[LayerScores]
-    scores: Optional[LayerScores]
-    attention: Optional[Tensor]  # the map, of attentions that build it anyway
 
 
 def scaled(scores: LayerScores, scale: float) -> LayerScores:
@@ -103,7 +96,7 @@ class ScoredLayer(Observable):
             x, done = checkpoint(self._run, *args, use_reentrant=False, **kwargs)
         else:
             x, done = self._run(*args, **kwargs)
-        handover.handed[role.lane] = Handed(done.scores, grids)
+        handover.write(role.lane, done.scores, grids)
         if role.dp_loss and self.training and torch.is_grad_enabled():
             self._add_dp_loss(done, grids)
         if self.observers:
@@ -117,12 +110,9 @@ class ScoredLayer(Observable):
              **kwargs) -> Tuple[Tensor, Done]:
         """The stock's forward; what goes in and out beside it are arguments."""
         exchange = self.role.exchange
-        exchange.given, exchange.grids = given, grids
-        exchange.wanted = self.role.gives or bool(self.observers)
+        exchange.begin(given, grids, self.role.gives or bool(self.observers))
         x = super().forward(x, *args, **kwargs)
-        done = Done(exchange.inherited, exchange.scores, exchange.attention)
-        exchange.clear()
-        return x, done
+        return x, exchange.take()
 
     def _add_dp_loss(self, done: Done, grids: Grids) -> None:
         """The DP loss of this layer, recomputed where the layer is."""

@@ -30,7 +30,7 @@ class KeepScores:
 
     def __call__(self, qkv: nn.Module, args: tuple, output: Tensor) -> None:
         q, k, _ = output.chunk(3, dim=-1)
-        self.exchange.scores = LayerScores(FactoredScores(q, k, self.num_heads))
+        self.exchange.keep(None, LayerScores(FactoredScores(q, k, self.num_heads)))
 
 
 class LessProjection(nn.Module):
@@ -96,8 +96,8 @@ class LessQKV(LessProjection):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> Q, K and V side by side, (B, N, 3 C)."""
-        exchange = self.exchange
-        exchange.inherited = exchange.given.scores
-        exchange.scores = self.transform_scores(exchange.inherited, exchange.grids)
-        q, k, *_ = exchange.scores.own
+        inherited = self.exchange.given.scores
+        scores = self.transform_scores(inherited, self.exchange.grids)
+        self.exchange.keep(inherited, scores)
+        q, k, *_ = scores.own
         return torch.cat([q, k, self.v(x)], dim=-1)

@@ -1,6 +1,7 @@
 """Every config builds its model on the stock bases and trains a step."""
 import copy
 import functools
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,15 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path for path in (ROOT / 'configs').rglob('*.py')
                  if '_base_' not in path.parts)
 OURS = [path for path in CONFIGS if 'lavit' in path.name]
-BASELINES = [path for path in CONFIGS if path not in OURS]
+PLUGINS = [path for path in CONFIGS if path.parent.name == 'plugins']
+BASELINES = [path for path in CONFIGS if path not in OURS + PLUGINS]
 DETECTION = [path for path in OURS if 'retinanet' in path.name]
 # The smallest that each takes: Swin and DeiT of mmpretrain have a fixed one.
 SIZES = {'mmdet': (96, 128), 'mmseg': (64, 64), 'mmpretrain': (64, 64),
-         'swin-t_in1k': (224, 224), 'deit-s_in1k': (224, 224)}
+         **dict.fromkeys(('swin-t_in1k', 'la-swin-t_in1k', 'deit-s_in1k'), (224, 224))}
+# Their own warm-up is longer.
+SLOW_WARMUP = ('swin-t_in1k', 'deit-s_in1k', 'la-swin-t_in1k', 'la-deit-t_in1k',
+               'la-deit-s_in1k', 'la-deit-b_in1k')
 
 
 read = functools.lru_cache(maxsize=None)(Config.fromfile)
@@ -49,6 +54,29 @@ def test_config_imports_what_it_names(path):
     ours = ('LaViT', 'InvalidLossHook', 'MergedGroupsConstructor')
     if any(f"'{name}'" in config.pretty_text for name in ours):
         assert 'mmlavit' in config.custom_imports.imports
+    plugins = dict(ViT='la_vit', PVT='la_pvt', Swin='la_swin',
+                   SwinClassifier='la_swin_cls')
+    for name, module in plugins.items():
+        if f"'LessAttention{name}'" in config.pretty_text:
+            assert (f'mmlavit.models.backbones.{module}' in
+                    config.custom_imports.imports)
+
+
+@pytest.mark.parametrize('path', PLUGINS, ids=lambda path: path.stem)
+def test_less_attention_begins_from_the_weights_of_the_stock_class(path):
+    """Those that the config names are of a model whose weights fit."""
+    config = load(path)
+    ours = MODELS.build({k: v for k, v in config.model.backbone.items()
+                         if k != 'init_cfg'})
+    stock = next(base for base in type(ours).__mro__
+                 if not base.__module__.startswith('mmlavit'))
+    arguments = {k: v for k, v in config.model.backbone.items()
+                 if k in signature(stock).parameters and k != 'init_cfg'}
+    weights = stock(**arguments).state_dict()
+    result = ours.load_state_dict(weights, strict=False)
+    assert not result.unexpected_keys and not result.missing_keys
+    for name, value in ours.state_dict().items():
+        assert name not in weights or torch.equal(value, weights[name])
 
 
 def train_step(path: Path):
@@ -71,7 +99,7 @@ def train_step(path: Path):
     return model, log, moved / len(before)
 
 
-@pytest.mark.parametrize('path', OURS, ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', OURS + PLUGINS, ids=lambda path: path.stem)
 def test_config_trains_a_step_of_every_parameter(path):
     model, log, moved = train_step(path)
     if 'digits' not in path.name:
@@ -138,9 +166,7 @@ def test_classification_follows_the_published_schedule(path):
     assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == (
         'AdamW', 1e-3, 0.05)
     warmup, cosine = config.param_scheduler
-    # Swin's and DeiT's own warm-up is longer.
-    assert warmup.end == cosine.begin == (
-        20 if path.stem in ('swin-t_in1k', 'deit-s_in1k') else 5)
+    assert warmup.end == cosine.begin == (20 if path.stem in SLOW_WARMUP else 5)
     assert (warmup.type, cosine.type) == ('LinearLR', 'CosineAnnealingLR')
     kinds = [step.type for step in config.train_dataloader.dataset.pipeline]
     assert {'RandAugment', 'RandomErasing'} <= set(kinds)

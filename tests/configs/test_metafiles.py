@@ -105,8 +105,9 @@ def test_every_row_with_a_config_is_a_model():
     assert len(models) == len(ROWS)
     for model in models.values():
         assert (ROOT / model.config).is_file()
-        ours = 'baselines' not in model.config
-        assert model.in_collection == ('LaViT' if ours else None)
+        folder = Path(model.config).parent.name
+        assert model.in_collection == dict(
+            configs='LaViT', plugins='Less attention in other transformers').get(folder)
     assert models['lavit_s_in1k'].full_model.paper['URL'].endswith('2406.00427')
 
 

@@ -179,6 +179,30 @@ def downsample_between(before: Optional[Spot],
 FAMILY = PVT()
 
 
+def firsts(depths: Sequence[int]) -> List[int]:
+    """The first layer of each stage."""
+    return [sum(depths[:i]) for i in range(len(depths))]
+
+
+def layers_after(num_va_layers: Optional[Sequence[int]],
+                 depths: Sequence[int]) -> List[int]:
+    """The layers behind those with vanilla attention, of None: no layer.
+
+    Raises:
+        TypeError, ValueError: If it is no possible number for each stage.
+    """
+    if num_va_layers is None:
+        return []
+    num_va_layers = require_ints('num_va_layers', num_va_layers, 0)
+    require(
+        len(num_va_layers) == len(depths)
+        and all(va <= depth for va, depth in zip(num_va_layers, depths)),
+        'num_va_layers', num_va_layers,
+        f'a number for each stage, at most num_layers={depths}')
+    return [first + j for first, va, depth in zip(firsts(depths), num_va_layers, depths)
+            for j in range(va, depth)]
+
+
 @MODELS.register_module()
 class LessAttentionPVT(PyramidVisionTransformer):
     """mmdet's PVT (v1) with less attention (our experiment).
@@ -200,6 +224,8 @@ class LessAttentionPVT(PyramidVisionTransformer):
         num_va_layers (Sequence[int], optional): Of each stage the number of VA layers,
             with which it begins; 0 is for stages from the second on. Defaults to None:
             all of ``num_layers``.
+        la_layers (Sequence[int], optional): The LA layers themselves instead, counted
+            from 0 through all stages. Defaults to None.
         attn_residual (bool): Whether a stage that begins with VA adds the scores of the
             stage before, downsampled, to those of its first layer. Defaults to False, for
             weights of the stock class were trained without.
@@ -226,6 +252,7 @@ class LessAttentionPVT(PyramidVisionTransformer):
     def __init__(self,
                  *,
                  num_va_layers: Optional[Sequence[int]] = None,
+                 la_layers: Optional[Sequence[int]] = None,
                  attn_residual: bool = False,
                  mixing: str = 'full',
                  mixing_rank: int = DEFAULT_RANK,
@@ -234,20 +261,18 @@ class LessAttentionPVT(PyramidVisionTransformer):
                  with_cp: bool = False,
                  **kwargs) -> None:
         super().__init__(**kwargs)
-        depths = self.num_layers
-        num_va_layers = require_ints(
-            'num_va_layers', depths if num_va_layers is None else num_va_layers, 0)
-        require(
-            len(num_va_layers) == len(depths)
-            and all(va <= depth for va, depth in zip(num_va_layers, depths)),
-            'num_va_layers', num_va_layers,
-            f'a number for each stage, at most num_layers={depths}')
-        firsts = [sum(depths[:i]) for i in range(len(depths))]
-        layers = [first + j for first, va, depth in zip(firsts, num_va_layers, depths)
-                  for j in range(va, depth)]
-        residual = [first for first in firsts[1:] if first not in layers]
-        convert(self, FAMILY, layers,
+        if la_layers is None:
+            la_layers = layers_after(num_va_layers, self.num_layers)
+        else:
+            require(num_va_layers is None, 'num_va_layers', num_va_layers,
+                    f'None beside la_layers={la_layers}')
+        residual = [i for i in firsts(self.num_layers)[1:] if i not in la_layers]
+        convert(self, FAMILY, la_layers,
                 residual_layers=residual if require_bool(
                     'attn_residual', attn_residual) else (),
                 mixing=mixing, mixing_rank=mixing_rank, max_base_grid=max_base_grid,
                 dp_loss=dp_loss, with_cp=with_cp)
+
+    def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
+        """The stock's maps, as the tuple that mmpretrain's necks and heads ask for."""
+        return tuple(super().forward(x))

@@ -1,0 +1,5 @@
+"""DeiT-B with less attention from layer 4 of 12 on, on ImageNet-1K (our experiment)."""
+_base_ = './la-deit-s_in1k.py'
+
+model = dict(
+    backbone=dict(arch='deit-base', drop_path_rate=0.1), head=dict(in_channels=768))

@@ -1,0 +1,157 @@
+"""A trained ViT, PVT or Swin with less attention: what it loses, gains and saves."""
+import copy
+import importlib
+import time
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Optional, Sequence
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from ..plugins.add import module_of
+from ..plugins.choose import choose, layer_similarities
+from ..utils.checks import require
+from .report import number
+from .timing import Spread, time_in_turn
+
+# The registered class for each module in mmlavit.models.backbones.
+REGISTERED = dict(la_vit='LessAttentionViT', la_pvt='LessAttentionPVT',
+                  la_swin='LessAttentionSwin', la_swin_cls='LessAttentionSwinClassifier')
+
+
+class Conversion(NamedTuple):
+    """How a trained model is converted and trained on.
+
+    Args:
+        layers (Sequence[int] | None): The layers, counted from 0; None: chosen.
+        num_layers (int, optional): Choose no more.
+        min_similarity (float): Of a map to the one before, to be chosen.
+        mixing (str): 'full' or 'low_rank'.
+        epochs (int): Of fine-tuning; 0: none.
+        lr (float): Learning rate at the begin of fine-tuning; it falls to 0.
+        rounds (int): In which both are timed; 0: they are not.
+    """
+    layers: Optional[Sequence[int]]
+    num_layers: Optional[int]
+    min_similarity: float
+    mixing: str
+    epochs: int
+    lr: float
+    rounds: int
+
+
+def convert_and_tune(config: Config, checkpoint: str, out: Path,
+                     how: Conversion) -> List[dict]:
+    """Accuracy before, after conversion and after fine-tuning, as rows of a table.
+
+    Args:
+        config (Config): Of the trained model, with epochs as its measure of training.
+        checkpoint (str): Its weights.
+        out (Path): Where the converted config, logs and weights are written.
+        how (Conversion): What is done.
+
+    Raises:
+        ValueError: If the config's backbone cannot be given less attention, or its
+            training is measured in iterations.
+    """
+    require('max_epochs' in config.train_cfg, 'train_cfg', dict(config.train_cfg),
+            'a training of max_epochs')
+    config = copy.deepcopy(config)
+    config.load_from = checkpoint
+    stock = make_runner(config, out / 'stock')
+    rows = [row('trained', stock, stock.test())]
+    layers = how.layers
+    if layers is None:
+        found = layer_similarities(stock.model.backbone, some_images(stock))
+        layers = choose(found, how.num_layers, how.min_similarity)
+        print('chosen:', *(f'{i} ({found[i]:.3f} alike)' for i in layers))
+    config = with_less_attention(config, layers, how.mixing)
+    out.mkdir(parents=True, exist_ok=True)
+    config.dump(out / 'config.py')
+    converted = make_runner(config, out / 'converted')
+    rows.append(row('converted', converted, converted.test()))
+    if how.epochs:
+        tuned = make_runner(for_tuning(config, how), out / 'tuned')
+        tuned.train()
+        rows.append(row(f'fine-tuned, {how.epochs} epochs', tuned, tuned.test()))
+    if how.rounds:
+        add_times(rows, stock, converted, how.rounds)
+    return rows
+
+
+def with_less_attention(config: Config, layers: Sequence[int], mixing: str) -> Config:
+    """The config with the registered class of less attention as its backbone.
+
+    Raises:
+        ValueError: If there is none for its backbone.
+    """
+    init_default_scope(config.default_scope)
+    with MODELS.switch_scope_and_registry(None) as registry:  # the default scope's
+        stock = registry.get(config.model.backbone.type)
+    module = stock and module_of(stock)
+    require(module in REGISTERED, 'model.backbone.type', config.model.backbone.type,
+            "a ViT or Swin of mmpretrain, or a PVT or Swin of mmdet")
+    config = copy.deepcopy(config)
+    module_path = f'mmlavit.models.backbones.{module}'
+    imports = config.get('custom_imports', dict(imports=[]))['imports']
+    config.custom_imports = dict(
+        imports=[*imports, module_path], allow_failed_imports=False)
+    importlib.import_module(module_path)
+    config.model.backbone.update(
+        type=REGISTERED[module], la_layers=list(layers), mixing=mixing)
+    return config
+
+
+def for_tuning(config: Config, how: Conversion) -> Config:
+    """The config with a short training, whose learning rate falls to 0."""
+    config = copy.deepcopy(config)
+    config.train_cfg.update(max_epochs=how.epochs, val_interval=how.epochs)
+    config.optim_wrapper.optimizer.lr = how.lr
+    config.param_scheduler = [dict(
+        type='CosineAnnealingLR', T_max=how.epochs, by_epoch=True,
+        convert_to_iter_based=True)]
+    return config
+
+
+def make_runner(config: Config, work_dir: Path) -> Runner:
+    config = copy.deepcopy(config)
+    config.work_dir = str(work_dir)
+    config.experiment_name = f'{work_dir.name}_{time.time_ns()}'
+    return Runner.from_cfg(config)
+
+
+def some_images(runner: Runner) -> Tensor:
+    """The first batch of the test, as the backbone is given it."""
+    data = next(iter(runner.test_dataloader))
+    return runner.model.data_preprocessor(data)['inputs']
+
+
+def row(title: str, runner: Runner, metrics: Dict[str, float]) -> dict:
+    params = sum(p.numel() for p in runner.model.parameters())
+    return {'model': title, **{name: number(value, 2) for name, value in metrics.items()},
+            'parameters, M': number(params / 1e6, 2)}
+
+
+def add_times(rows: List[dict], stock: Runner, converted: Runner, rounds: int) -> None:
+    """Time of the backbones on a batch, in turn, and the ratio of their speeds."""
+    images = some_images(stock)
+
+    def step(model: nn.Module):
+        def infer() -> None:
+            with torch.no_grad():
+                model(images)
+        model.eval()
+        return infer
+
+    times = time_in_turn(
+        dict(stock=step(stock.model.backbone), less=step(converted.model.backbone)),
+        rounds, 3, images.device.type)
+    ratio = Spread.of([a / b for a, b in zip(times['stock'], times['less'])])
+    for i, each in enumerate(rows):
+        seconds = Spread.of(times['less' if i else 'stock']).median
+        each['backbone, ms'] = number(1e3 * seconds, 1)
+        each['speed ratio'] = (f'{ratio.median:.2f} ({ratio.p10:.2f}-{ratio.p90:.2f})'
+                               if i else '1.00')

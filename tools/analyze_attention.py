@@ -3,7 +3,8 @@
     python tools/analyze_attention.py CONFIG CHECKPOINT IMAGES --out DIR
     python tools/analyze_attention.py CONFIG CHECKPOINT IMAGES --compare CONFIG CHECKPOINT
 
-For classifiers, detectors and segmentors with LaViT, and mmpretrain's ViT and DeiT.
+For classifiers, detectors and segmentors with LaViT, or with a ViT, DeiT, PVT or Swin
+of the toolboxes, with and without less attention.
 IMAGES is a folder (searched through) or a file. CHECKPOINT may be ``none``: initial
 weights. Writes to DIR:
 
@@ -47,7 +48,7 @@ def plot_similarity(results: Dict[str, dict], out: Path) -> None:
             values = [layer[measure_name] for layer in result['layers']]
             x = [i for i, v in enumerate(values) if v is not None]
             line, = ax.plot(x, [values[i] for i in x], '-', label=label)
-            for kind, marker in (('VA', 'o'), ('LA', '^'), ('ViT', 's')):
+            for kind, marker in (('VA', 'o'), ('LA', '^')):
                 at = [i for i in x if result['layers'][i]['kind'] == kind]
                 ax.plot(at, [values[i] for i in at], marker,
                         color=line.get_color(), ms=5)
@@ -106,15 +107,14 @@ def plot_attention(models: Dict[str, 'ImageMaps'], image: 'np.ndarray',
         first.imshow(image)
         first.set_title(title, fontsize=8)
         used = [first]
-        for ax, layer, attention in zip(others, layers, shown):
+        for i, (ax, layer, attention) in enumerate(zip(others, layers, shown)):
             if attention is None:  # fewer heads
                 continue
             ax.imshow(image)
             ax.imshow(attention, cmap='inferno', alpha=.65,
                       interpolation='bilinear',
                       extent=(-.5, width - .5, height - .5, -.5))
-            short = '.'.join(i for i in layer.name.split('.') if i.isdigit())
-            ax.set_title(f'{short} {layer.kind}', fontsize=8)
+            ax.set_title(f'layer {i} {layer.kind}', fontsize=8)
             used.append(ax)
         for ax in used:
             ax.plot(x * width, y * height, '+', color='cyan', ms=8, mew=1.5)

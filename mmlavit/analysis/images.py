@@ -78,7 +78,7 @@ def measure_similarity(model: nn.Module, files: Sequence[Path],
 class LayerMaps(NamedTuple):
     """Where chosen points look in one layer."""
     name: str
-    kind: str  # 'VA', 'LA' or 'ViT'
+    kind: str  # 'VA' or 'LA'
     maps: np.ndarray  # (points, heads, h, w)
 
 
@@ -94,6 +94,8 @@ def observe_image(model: nn.Module, file: Path,
                   size: Tuple[int, int]) -> ImageMaps:
     """Attention maps of points of an image, and the stages' feature maps.
 
+    Layers that attend within windows have no map of the image, and are left out.
+
     Args:
         model (nn.Module): In eval mode, with a backbone that can be observed.
         file (Path): The image.
@@ -105,6 +107,11 @@ def observe_image(model: nn.Module, file: Path,
     features: Dict[int, np.ndarray] = {}  # of the stages
 
     def callback(layer: Layer) -> None:
+        magnitude = layer.tokens[0].float().norm(dim=1)
+        features[layer.stage] = magnitude.view(
+            layer.token_grid or layer.grids.queries).cpu().numpy()
+        if layer.token_grid is not None:
+            return  # windows: no map of the whole image
         height, width = layer.grids.queries
         queries = [int(y * height) * width + int(x * width) for x, y in points]
         # (heads, points, M) -> (points, heads, h, w)
@@ -112,8 +119,6 @@ def observe_image(model: nn.Module, file: Path,
             2, layer.grids.keys)
         attention.append(
             LayerMaps(layer.name, layer.kind, maps.float().cpu().numpy()))
-        magnitude = layer.tokens[0].float().norm(dim=1).view(height, width)
-        features[layer.stage] = magnitude.cpu().numpy()
 
     with observe_layers(model, callback):
         model.backbone(make_inputs(model, [file], size))

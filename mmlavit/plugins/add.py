@@ -79,7 +79,7 @@ def add_less_attention(model: nn.Module,
     options = dict(mixing=mixing, mixing_rank=mixing_rank, max_base_grid=max_base_grid,
                    dp_loss=dp_loss, with_cp=with_cp)
     if not isinstance(layers, str):
-        return convert(part, family, list(layers), **options)
+        return convert(part, family, layers, **options)
     require_choice('layers', layers, ('auto', ))
     from .choose import choose_and_convert
     return choose_and_convert(part, family, images, num_layers, min_similarity, options)

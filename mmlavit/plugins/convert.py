@@ -81,7 +81,9 @@ def convert(model: nn.Module, family: Family, layers: Sequence[int], *,
     """
     spots = family.spots(model)
     names = {id(module): name for name, module in model.named_modules()}
-    layers = sorted(set(require_ints('layers', list(layers), 0, len(spots) - 1)))
+    if isinstance(layers, range):
+        layers = list(layers)
+    layers = sorted(set(require_ints('layers', layers, 0, len(spots) - 1)))
     sources = find_sources(family, spots, layers, residual_layers,
                            [names[id(spot.layer)] for spot in spots])
     options = dict(

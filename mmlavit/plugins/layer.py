@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..models.layers.grid import Grids
+from ..models.layers.grid import Grid, Grids
 from ..models.layers.scores import LayerScores
 from ..models.layers.step import Layer, Observable
 from .handover import Done, Exchange, Handed, Handover
@@ -100,7 +100,7 @@ class ScoredLayer(Observable):
         if role.dp_loss and self.training and torch.is_grad_enabled():
             self._add_dp_loss(done, grids)
         if self.observers:
-            self.hand_out(self._state(x, done, grids))
+            self.hand_out(self._state(x, done, grids, self.token_grid(*args[3:])))
         if role.last:
             handover.hold_dp_losses()
             handover.clear()
@@ -127,12 +127,17 @@ class ScoredLayer(Observable):
         """What has ``transform_scores``, in layers with less attention."""
         raise NotImplementedError
 
-    def _state(self, x: Tensor, done: Done, grids: Grids) -> Layer:
+    def token_grid(self, *args) -> Optional[Grid]:
+        """Where the tokens lie, if not on the grid of the queries."""
+        return None
+
+    def _state(self, x: Tensor, done: Done, grids: Grids,
+               token_grid: Optional[Grid]) -> Layer:
         role, scores = self.role, scaled(done.scores, self.role.scale)
         rows = (partial(map_rows, scores, grids.extra) if done.attention is None else
                 partial(built_rows, done.attention))
         return Layer(role.kind, role.stage, role.lane, grids, x[:, grids.extra:],
-                     scores, rows, role.name)
+                     scores, rows, token_grid, role.name)
 
 
 class ImageGridLayer(ScoredLayer):

@@ -4,7 +4,7 @@ from typing import List, Sequence
 
 from torch import Tensor, nn
 
-from ..models.layers.grid import Grids
+from ..models.layers.grid import Grid, Grids
 from .families import Family, Spot, require_stock
 from .handover import Exchange
 from .layer import ScoredLayer
@@ -15,6 +15,9 @@ class WindowLayer(ScoredLayer):
 
     def grids_of(self, x: Tensor, *args) -> Grids:
         return Grids(tuple(self.attn.w_msa.window_size), 1)
+
+    def token_grid(self, hw_shape: Grid) -> Grid:
+        return tuple(hw_shape)
 
     def transform(self) -> nn.Module:
         return self.attn.w_msa.qkv

@@ -161,7 +161,7 @@ def test_analysis_writes_measures_and_pictures_of_two_models(
     assert [results[name]['images'] for name in ('config', 'deit')] == [3, 3]
     rows = list(csv.DictReader(open(out / 'similarity.csv')))
     assert [row['kind'] for row in rows] == (
-        [layer['kind'] for layer in results['config']['layers']] + ['ViT'] * 3)
+        [layer['kind'] for layer in results['config']['layers']] + ['VA'] * 3)
     assert all(float(row['map_similarity_to_previous']) > 0 for row in rows[-2:])
     for picture in ('similarity', 'attention', 'features'):
         assert cv2.imread(str(out / f'{picture}.png')).std() > 10

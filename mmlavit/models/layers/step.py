@@ -1,10 +1,10 @@
 """What a layer hands out to whoever looks on, the same for every backbone."""
-from typing import Callable, Hashable, NamedTuple, Sequence, Tuple
+from typing import Callable, Hashable, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
-from .grid import Grids, merge_heads, pool_tokens, split_heads
+from .grid import Grid, Grids, merge_heads, pool_tokens, split_heads
 from .scores import LayerScores
 
 
@@ -25,6 +25,9 @@ class Layer(NamedTuple):
     scores: LayerScores
     # Attention maps (B, heads, stop - start, M) of the queries from start to stop
     probabilities: Callable[[int, int], Tensor]
+    # Where the tokens lie, if not on the grid of the queries: those of windows are on
+    # the whole grid of the stage, and each image has many maps.
+    token_grid: Optional[Grid] = None
     name: str = ''  # its module's in the model, such as 'stages.2.blocks.1'
 
     def attention_of(self, queries: Sequence[int]) -> Tensor:

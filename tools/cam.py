@@ -4,9 +4,9 @@
     python tools/cam.py configs/retinanet_lavit_digits.py work_dirs/demo/epoch_6.pth \\
         data/digits/images/val/00000.png --category 3 --map 0
 
-Grad-CAM on one of the backbone's maps, for any backbone that returns maps: where in the
+HiResCAM on one of the backbone's maps, for any backbone that returns maps: where in the
 image the score of a class comes from. Detectors must be of a single stage; their score is
-the sum over all anchors. Writes one picture for each image to --out.
+the sum over all anchors above score_thr. Writes one picture for each image to --out.
 """
 import argparse
 import sys

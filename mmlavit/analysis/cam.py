@@ -1,8 +1,8 @@
 """Class activation maps of whole models: where a class is seen.
 
-Grad-CAM ("Grad-CAM: Visual Explanations from Deep Networks via Gradient-based
-Localization", arXiv 1610.02391) on one of the backbone's maps, for classifiers,
-segmentors and dense detectors alike.
+HiResCAM (arXiv 2011.08891) on one of the backbone's maps, for classifiers, segmentors
+and dense detectors alike. Grad-CAM (arXiv 1610.02391) weights channels by their mean
+gradient; behind global pooling both are the same, but a detector's objects lie at places.
 """
 from pathlib import Path
 from typing import Optional, Sequence, Tuple
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from .images import read_image
 
 
-def grad_cam(model: nn.Module, images: Tensor,
-             categories: Optional[Sequence[int]] = None,
-             index: int = -1) -> Tuple[Tensor, Tensor, Tensor]:
+def hires_cam(model: nn.Module, images: Tensor,
+              categories: Optional[Sequence[int]] = None,
+              index: int = -1) -> Tuple[Tensor, Tensor, Tensor]:
     """Class activation maps of a batch.
 
-    The channels of a map, weighted by the mean gradient of the class's score, are
-    summed; what is negative is 0.
+    A map times the gradient of the class's score by it, summed over the channels: by
+    how much each place raises the score. What is negative is 0.
 
     Args:
         model (nn.Module): A model of any of the three toolboxes, in eval mode.
@@ -61,8 +61,7 @@ def grad_cam(model: nn.Module, images: Tensor,
     gradient, = torch.autograd.grad(chosen.sum(), maps[index], allow_unused=True)
     if gradient is None:
         raise ValueError(f'index={index}: expected a map that the model reads')
-    weights = gradient.mean((2, 3), keepdim=True)
-    cams = (weights * maps[index]).sum(1).relu()
+    cams = (gradient * maps[index]).sum(1).relu()
     return cams.detach(), categories, chosen.detach()
 
 
@@ -71,7 +70,8 @@ def class_scores(model: nn.Module, images: Tensor) -> Tensor:
 
     The logit of a classifier. The mean of a segmentor's logits over all pixels, each
     of which counts for the class that it is given. The sum of a dense detector's
-    scores, 0 to 1, over all anchors (our choice).
+    scores, 0 to 1, over all anchors where they are above its ``score_thr`` (our
+    choice).
 
     Raises:
         ValueError: If it is a model of another kind, as a detector of two stages.
@@ -83,8 +83,9 @@ def class_scores(model: nn.Module, images: Tensor) -> Tensor:
         given = torch.zeros_like(logits).scatter(1, logits.argmax(1, True), 1)
         return (logits * given).mean((2, 3))
     if hasattr(head, 'cls_out_channels'):
-        return sum(anchor_scores(x, head).sum(1)
-                   for x in model(images, mode='tensor')[0])
+        levels = [anchor_scores(x, head) for x in model(images, mode='tensor')[0]]
+        least = (head.test_cfg or {}).get('score_thr', 0)
+        return sum((x * (x > least)).sum(1) for x in levels)
     if hasattr(model, 'head'):
         return model(images, mode='tensor')
     raise ValueError(
@@ -107,7 +108,7 @@ def draw_cam(model: nn.Module, file: Path, category: Optional[int] = None,
     """An image with its class activation map over it, red where it is highest.
 
     Args:
-        model (nn.Module): As for `grad_cam`.
+        model (nn.Module): As for `hires_cam`.
         file (Path): The image.
         category (int, optional): The class. Defaults to that of the highest score.
         index (int): Which of the backbone's maps. Defaults to the last.
@@ -119,12 +120,12 @@ def draw_cam(model: nn.Module, file: Path, category: Optional[int] = None,
         score.
 
     Raises:
-        ValueError: As of `grad_cam`; or if the file cannot be read.
+        ValueError: As of `hires_cam`; or if the file cannot be read.
     """
     image = read_image(file, size)
     pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous()
     inputs = model.data_preprocessor(dict(inputs=[pixels]), training=False)['inputs']
-    cams, found, scores = grad_cam(
+    cams, found, scores = hires_cam(
         model, inputs, None if category is None else [category], index)
     height, width = image.shape[:2]
     # Inputs may be padded at the bottom and right.

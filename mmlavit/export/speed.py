@@ -1,4 +1,5 @@
 """Speed of exported backbones beside PyTorch's, in one run."""
+import re
 import sys
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
@@ -6,7 +7,6 @@ from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
-from ..analysis.benchmark import works
 from ..analysis.peers import build_backbone
 from ..analysis.timing import Spread, Step, time_in_turn
 from .parts import Part, choose_part
@@ -77,10 +77,10 @@ def add_step(steps: Dict[Way, Step], way: Way, exported: Exported,
     """Adds what is timed, unless it fails; stderr says so."""
     try:
         step = make_step(way, exported, exported.part.example(*size))
+        step()  # which compiles
     except Exception as error:  # whatever a runtime may raise
         print(f'{" ".join(way)} is left out: {error}', file=sys.stderr)
-        return
-    if works(' '.join(way), step):
+    else:
         steps[way] = step
 
 
@@ -93,7 +93,8 @@ def export_backbone(name: str, size: Tuple[int, int, int],
         model.backbone.in_channels = 3
     part = choose_part(model, 'backbone')
     folder.mkdir(parents=True, exist_ok=True)
-    files = {dtype: folder / f'{Path(name).stem}_{dtype}.onnx'
+    stem = re.sub(r'\W+', '_', Path(name).name)
+    files = {dtype: folder / f'{stem}_{dtype}.onnx'
              for dtype in ('float32', 'int8')}
     try:
         to_onnx(export_program(part), part, files['float32'])

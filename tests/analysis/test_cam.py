@@ -6,7 +6,7 @@ from torch import nn
 
 from builders import digits_config, randomise
 from mmlavit.analysis.building import build_model
-from mmlavit.analysis.cam import anchor_scores, class_scores, grad_cam
+from mmlavit.analysis.cam import anchor_scores, class_scores, hires_cam
 
 BACKBONE = dict(
     type='LaViT',
@@ -51,10 +51,10 @@ def detector(**head) -> nn.Module:
 
 
 def test_of_a_linear_classifier_is_the_sum_by_its_weights(tmp_path):
-    """Behind global average pooling Grad-CAM is CAM (arXiv 1512.04150)."""
+    """Behind global average pooling it is CAM (arXiv 1512.04150)."""
     model, images = classifier(tmp_path), torch.randn(2, 3, 48, 64)
     model.requires_grad_(False)
-    cams, categories, scores = grad_cam(model, images, [3, 7])
+    cams, categories, scores = hires_cam(model, images, [3, 7])
     maps, = model.backbone(images)
     weights = model.head.fc.weight[[3, 7]]
     expected = torch.einsum('bc,bchw->bhw', weights, maps).relu()
@@ -62,39 +62,38 @@ def test_of_a_linear_classifier_is_the_sum_by_its_weights(tmp_path):
     torch.testing.assert_close(cams * maps[0, 0].numel(), expected)
     torch.testing.assert_close(scores, model.head.fc(maps.mean((2, 3)))[
         [0, 1], [3, 7]])
-    assert torch.equal(grad_cam(model, images)[1],
+    assert torch.equal(hires_cam(model, images)[1],
                        model.head.fc(maps.mean((2, 3))).argmax(1))
 
 
 @pytest.mark.parametrize('build', [segmentor, detector])
 @pytest.mark.parametrize('index', [0, -1])
-def test_gradient_is_that_of_the_score(build, index):
-    """By finite differences of the score, along the map itself."""
+def test_a_place_raises_the_score_by_its_value(build, index):
+    """By finite differences: the map made larger at one place alone."""
     model, images = build().double(), torch.randn(1, 3, 48, 64).double()
     # Of a class whose map is not 0 everywhere, as random weights leave some.
     cams, (category, ), (score, ) = next(
         found for label in range(3 if build is detector else 5)
-        if (found := grad_cam(model, images, [label], index))[0].any())
-    x = model.backbone(images)[index]
+        if (found := hires_cam(model, images, [label], index))[0].any())
     step = 1e-6
 
-    def change(channel: int) -> float:
-        """Of the score, by a step of the channel everywhere."""
-        def shift(_, args, outs):
+    def change(place: int) -> float:
+        """Of the score, by a step of the map there."""
+        def grow(_, args, outs):
             outs = [out.clone() for out in outs]
-            outs[index][:, channel] += step
+            outs[index].flatten(2)[..., place] *= 1 + step
             return tuple(outs)
 
-        handle = model.backbone.register_forward_hook(shift)
+        handle = model.backbone.register_forward_hook(grow)
         with torch.no_grad():
             changed = class_scores(model, images)[0, category]
         handle.remove()
         return (changed - score).item() / step
 
-    weights = torch.tensor([change(i) for i in range(x.shape[1])]) / x[0, 0].numel()
-    expected = torch.einsum('c,bchw->bhw', weights.double(), x).relu()
-    assert expected.max() > 0
-    torch.testing.assert_close(cams, expected, rtol=1e-3, atol=1e-6)
+    highest = cams.flatten().topk(3).indices.tolist()
+    torch.testing.assert_close(
+        cams.flatten()[highest], torch.tensor([change(i) for i in highest]).double(),
+        rtol=1e-3, atol=1e-6)
 
 
 def test_a_detectors_score_is_the_sum_over_its_anchors():
@@ -107,6 +106,12 @@ def test_a_detectors_score_is_the_sum_over_its_anchors():
             # Channels are anchor by anchor, each with its classes.
             expected = sum(x[image, label::3].sigmoid().sum() for x in outs)
             torch.testing.assert_close(found[image, label], expected)
+    model.bbox_head.test_cfg.score_thr = least = .5
+    with torch.no_grad():
+        found = class_scores(model, images)[1, 2]
+    kept = [y[y > least] for x in outs for y in [x[1, 2::3].sigmoid()]]
+    assert 0 < sum(len(x) for x in kept) < sum(x[1, 2::3].numel() for x in outs)
+    torch.testing.assert_close(found, torch.cat(kept).sum())
 
 
 def test_softmax_scores_are_without_the_background():
@@ -120,11 +125,11 @@ def test_softmax_scores_are_without_the_background():
 def test_what_is_not_there_is_named(tmp_path):
     model, images = classifier(tmp_path), torch.randn(1, 3, 48, 64)
     with pytest.raises(ValueError, match='index=1: expected that of a map'):
-        grad_cam(model, images, index=1)
+        hires_cam(model, images, index=1)
     with pytest.raises(ValueError, match=r'categories=\[10\]: .* below 10'):
-        grad_cam(model, images, [10])
+        hires_cam(model, images, [10])
     with pytest.raises(ValueError, match='index=0: expected a map that the model reads'):
-        grad_cam(classifier(tmp_path, out_indices=(0, 1)), images, index=0)
+        hires_cam(classifier(tmp_path, out_indices=(0, 1)), images, index=0)
     del model.head
     with pytest.raises(ValueError, match='ImageClassifier: expected'):
-        grad_cam(model, images)
+        hires_cam(model, images)

@@ -66,8 +66,10 @@ def largest_differences(
         expected, got = part(*inputs), run(*inputs)
         if part.task == 'detection':
             distances = nearest_boxes(*expected, *got).sort().values
-            last = math.ceil(boxes * len(distances)) - 1
-            differences = [(distances[last].item(), 'dets')]
+            compared = distances[:math.ceil(boxes * len(distances))].tolist()
+            # Without boxes, as of an untrained model, nothing is compared.
+            count = (expected[1] >= 0).sum().item()
+            differences = [(max(compared, default=0.), f'dets, {count} boxes')]
         else:
             differences = [
                 (relative_difference(*pair), name)
@@ -85,7 +87,8 @@ def nearest_boxes(dets: Tensor, labels: Tensor, other_dets: Tensor,
 
     Args:
         dets (Tensor): (B, n, 5), corners in pixels and score.
-        labels (Tensor): (B, n); a box of another label is no match.
+        labels (Tensor): (B, n), -1 where there is no box; a box of another label is
+            no match.
         other_dets, other_labels (Tensor): As these.
 
     Returns:
@@ -99,7 +102,8 @@ def nearest_boxes(dets: Tensor, labels: Tensor, other_dets: Tensor,
     distance = torch.cdist(dets / scale, other_dets / scale, p=math.inf)
     distance = distance.masked_fill(
         labels[:, :, None] != other_labels[:, None], math.inf)
-    return torch.cat([distance.amin(1), distance.amin(2)]).flatten()
+    return torch.cat([distance.amin(2)[labels >= 0],
+                      distance.amin(1)[other_labels >= 0]])
 
 
 def relative_difference(expected: Tensor, got: Tensor) -> float:

@@ -252,9 +252,13 @@ def test_nearest_boxes_by_hand():
     others[0, 1, 3] -= 4  # a tenth of the largest corner
     others[0, 0, 4] -= .2
     found = verify.nearest_boxes(dets, labels, others, labels)
-    torch.testing.assert_close(found, torch.tensor([.2, .1, 0, .2, .1, 0]))
+    torch.testing.assert_close(found, torch.tensor([.2, .1, .2, .1]))
     found = verify.nearest_boxes(dets, labels, dets, torch.tensor([[0, 2, -1]]))
     assert found.isinf().sum() == 2
+    # One is missing there: it has no match, the others have.
+    missing = torch.tensor([[1, -1, -1]])
+    found = verify.nearest_boxes(dets, labels, dets, missing)
+    assert found.isinf().tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize('mask', [False, True])

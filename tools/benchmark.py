@@ -21,6 +21,9 @@ path of a config whose backbone is taken, a registered class with its arguments,
     EfficientViT-B2  Twins-SVT-S  ResNet-50-timm  FastViT-SA24  ConvNeXt-T-timm
     EfficientFormerV2-L  Hiera-T  NextViT-S  CAFormer-S18  MambaOut-T  Swin-T-timm
     PVTv2-B2-timm  TinyViT-21M                                # timm's
+    DeiT-T  LA-DeiT-T  LA-DeiT-T-low-rank  DeiT-S  LA-DeiT-S  LA-DeiT-S-low-rank
+    LA-PVT-S  LA-PVT-S-low-rank  LA-Swin-T  LA-Swin-T-low-rank
+    LaViT-S-low-rank                # less attention in others', and a cheaper mixing
     today                           # stands for LaViT-S, its twin and all of timm's
 
 Every model is measured in the layout, channels-last or contiguous, that a short trial

@@ -16,7 +16,8 @@ def count_macs(model: nn.Module, size: Tuple[int, int]) -> float:
     """
     training = model.training
     model.eval()  # some of the toolboxes' return nothing
-    image = torch.rand(1, 3, *size, device=next(model.parameters()).device)
+    like = next(model.parameters())
+    image = torch.rand(1, 3, *size, device=like.device, dtype=like.dtype)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter('ignore')  # the tracer's, of sizes it takes as fixed
         flops = get_model_complexity_info(

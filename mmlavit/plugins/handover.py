@@ -115,7 +115,8 @@ class Exchange:
             grids (Grids): The layer's.
             wanted (bool): Whether somebody wants the layer's scores or map.
         """
-        self._given = given and (pack(given.scores), tuple(given.grids))
+        self._given = (None if given is None else
+                       (pack(given.scores), tuple(given.grids)))
         self._grids = tuple(grids)
         self.wanted = wanted
 

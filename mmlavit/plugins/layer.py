@@ -91,26 +91,26 @@ class ScoredLayer(Observable):
         if role.source is not None:
             given = handover.read(role.source, role.name)
         grids = self.grids_of(x, *args)
-        args = given, grids, x, *args
+        inputs = given, grids, role.gives or bool(self.observers), x, *args
         if role.recomputes and x.requires_grad:
-            x, done = checkpoint(self._run, *args, use_reentrant=False, **kwargs)
+            x, done = checkpoint(self._run, *inputs, use_reentrant=False, **kwargs)
         else:
-            x, done = self._run(*args, **kwargs)
+            x, done = self._run(*inputs, **kwargs)
         handover.write(role.lane, done.scores, grids)
         if role.dp_loss and self.training and torch.is_grad_enabled():
             self._add_dp_loss(done, grids)
         if self.observers:
-            self.hand_out(self._state(x, done, grids, self.token_grid(*args[3:])))
+            self.hand_out(self._state(x, done, grids, self.token_grid(*args)))
         if role.last:
             handover.hold_dp_losses()
             handover.clear()
         return x
 
-    def _run(self, given: Optional[Handed], grids: Grids, x: Tensor, *args,
-             **kwargs) -> Tuple[Tensor, Done]:
+    def _run(self, given: Optional[Handed], grids: Grids, wanted: bool, x: Tensor,
+             *args, **kwargs) -> Tuple[Tensor, Done]:
         """The stock's forward; what goes in and out beside it are arguments."""
         exchange = self.role.exchange
-        exchange.begin(given, grids, self.role.gives or bool(self.observers))
+        exchange.begin(given, grids, wanted)
         x = super().forward(x, *args, **kwargs)
         return x, exchange.take()
 

@@ -9,7 +9,8 @@ the formula, which is the literal reference. `Scores` is what both can do.
 Token tensors are ``(B, N, C)`` with ``N = h * w`` queries, or ``M`` keys; heads lie
 side by side in ``C``.
 """
-from typing import NamedTuple, Optional, Protocol, Tuple
+import itertools
+from typing import Iterator, NamedTuple, Optional, Protocol, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +106,14 @@ class FactoredScores(NamedTuple):
     def rows(self, start: int, stop: int) -> 'FactoredScores':
         return self._replace(q=self.q[:, start:stop])
 
+    def split(self, step: int) -> Iterator['FactoredScores']:
+        """The scores of ``step`` queries at a time.
+
+        Unlike slices, whose gradients are each as large as the whole, the pieces'
+        gradients are put together once.
+        """
+        return (self._replace(q=q) for q in self.q.split(step, dim=1))
+
     def between_regions(self, grids: Grids, factor: int = 1) -> 'FactoredScores':
         q, k = (at_least_float32(x[:, grids.extra:]) for x in (self.q, self.k))
         return self._replace(
@@ -163,10 +172,10 @@ class FactoredScores(NamedTuple):
         if len(starts) == 1:
             return self._attend_built(v, dropout, own)
         step = starts[1]
+        owns = itertools.repeat(None) if own is None else own.split(step)
         return torch.cat([
-            recomputed(
-                FactoredScores._attend_built, self.rows(i, i + step), v, dropout,
-                None if own is None else own.rows(i, i + step)) for i in starts
+            recomputed(FactoredScores._attend_built, part, v, dropout, own_part)
+            for part, own_part in zip(self.split(step), owns)
         ], 2)
 
     def _attend_built(self, v: Tensor, dropout: float,

@@ -280,14 +280,15 @@ def run_profile(plan: Plan, out: Path) -> dict:
 def profile_model(name: str, bench: Bench, work: Workload,
                   peak: float) -> Tuple[dict, List[dict]]:
     """A row of the summary, and the kernels that take the most time."""
-    model = builder_of(bench)(name).to(work.device)
+    model = builder_of(bench)(name).to(
+        work.device, memory_format=torch.channels_last)
     model.train(work.train)
     macs = count_macs(model, work.size) * work.batch_size
     step = make_step(model, work._replace(layout='channels-last'))
     times = time_in_turn({name: step}, bench.rounds, 3, work.device, quiet=True)[name]
     seconds, kernels = Spread.of(times).median, profile_kernels(step, work.device)
     flops = 2 * macs * (3 if work.train else 1) / seconds / 1e12
-    row = {'ms': number(1e3 * seconds), 'TFLOP/s': number(flops, 3),
+    row = {'ms': number(1e3 * seconds), 'TFLOP/s': f'{flops:.3g}',
            'of the peak, %': number(100 * flops / peak),
            'launches': kernels.calls,
            'busy, %': number(min(100., kernels.busy_ms / seconds / 10))}
@@ -318,7 +319,8 @@ def run_pieces(plan: Plan, out: Path) -> dict:
     """Time and memory against the scores that may be built at once."""
     bench, kind = plan.pieces, 'gpu' if plan.device == 'cuda' else 'cpu'
     default, rows = MAX_BUILT_SCORES[kind], []
-    model = builder_of(bench)(bench.models[0]).to(plan.device)
+    model = builder_of(bench)(bench.models[0]).to(
+        plan.device, memory_format=torch.channels_last)
     model.train(bench.train)
     (_, work), = works_of(bench, plan.device).items()
     step = make_step(model, work._replace(layout='channels-last'))

@@ -160,3 +160,8 @@ def test_a_model_that_fails_in_one_mode_has_an_empty_cell_there(capsys):
     assert list(results['bfloat16']) == ['other']
     assert results['bfloat16']['other']['ratio'] == 1
     assert mode_rows(results, {})[0]['bfloat16, ms'] == ''
+
+
+def test_the_tool_knows_every_mode():
+    text = (ROOT / 'tools/benchmark.py').read_text()
+    assert all(f"'{mode}'" in text for mode in MODES)

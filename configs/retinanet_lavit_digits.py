@@ -23,7 +23,7 @@ model = dict(
         dp_loss=None,  # for time
         init_cfg=None),
     neck=dict(
-        in_channels=[64, 128, 160],
+        in_channels=[32, 64, 128, 160],
         out_channels=64,
         num_outs=3,
         norm_cfg=dict(type='BN')),

@@ -8,10 +8,9 @@ _base_ = './retinanet_lavit_t_coco.py'
 model = dict(
     backbone=dict(
         arch='pvtv2_b2',
-        out_indices=(0, 1, 2, 3),  # as mmdet's: its norms are in the trunk
         init_cfg=dict(
             _delete_=True,
             type='Pretrained',
             checkpoint='https://github.com/whai362/PVT/'
             'releases/download/v2/pvt_v2_b2.pth')),
-    neck=dict(in_channels=[64, 128, 320, 512], start_level=1))
+    neck=dict(in_channels=[64, 128, 320, 512]))

@@ -9,7 +9,8 @@ deepest layers and fine-tunes. Run it again to go on where it was cut off.
 
 Writes OUT/table.md, OUT/curve.png and OUT/results.json: top-1 at once, after 1 epoch and
 at the end, with Theta and Psi at the identity and fitted to the dropped layers'
-attention; the stock network is fine-tuned as long.
+attention. The stock network is fine-tuned as long. A control has uniform maps in the same
+layers, at once.
 """
 import argparse
 import json
@@ -171,6 +172,20 @@ def convert(teacher: Classifier, la_layers: int,
     return model, fitted
 
 
+def with_uniform_maps(teacher: Classifier, la_layers: int) -> Classifier:
+    """The teacher with uniform attention where ``la_layers`` would be: a control."""
+    model = Classifier(
+        LaViT(ARCH, sr_ratios=RATIOS, pretrain_img_size=SIZE),
+        teacher.head.out_features)
+    model.backbone.load_state_dict(dict(teacher.backbone.state_dict()))
+    model.head.load_state_dict(teacher.head.state_dict())
+    for stage, num_va in zip(model.backbone.stages, VA_LAYERS[la_layers]):
+        for block in stage.blocks[num_va:]:
+            for weight in block.attn.q.parameters():
+                nn.init.zeros_(weight)
+    return model
+
+
 def fine_tune(teacher: Classifier, la_layers: int, fits: bool, seed: int,
               args: argparse.Namespace, data: Data, held_out: Data) -> dict:
     """One row of the table."""
@@ -206,7 +221,15 @@ def spread(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f'{mean} ± {np.std(values, ddof=1):.1f}'
 
 
-def write_report(results: List[dict], out: Path) -> None:
+def write_report(results: List[dict], controls: Dict[int, float],
+                 out: Path) -> None:
+    """The table, the plot and all figures.
+
+    Args:
+        results (list[dict]): Of `fine_tune`.
+        controls (dict[int, float]): Top-1 with uniform maps, by the number of layers.
+        out (Path): The folder.
+    """
     groups: Dict[Tuple[int, bool], List[dict]] = {}
     for result in results:
         groups.setdefault((result['la_layers'], result['fitted']), []).append(result)
@@ -219,6 +242,7 @@ def write_report(results: List[dict], out: Path) -> None:
             if la_layers else '',
             'parameters, M': f'{runs[0]["parameters"]:.2f}',
             'MACs, M': f'{runs[0]["macs"]:.1f}',
+            'uniform maps there': f'{controls[la_layers]:.1f}' if la_layers else '',
             'at once': spread([run['at_once'] for run in runs]),
             'after 1 epoch': spread(epochs[:, 0]),
             f'after {epochs.shape[1]}': spread(epochs[:, -1]),
@@ -276,7 +300,8 @@ def main() -> None:
         fine_tune(teacher, n, fits, seed, args, data, held_out)
         for seed in args.seeds for n, fits in rows
     ]
-    write_report(results, args.out)
+    controls = {n: top1(with_uniform_maps(teacher, n), held_out) for n in VA_LAYERS}
+    write_report(results, controls, args.out)
 
 
 if __name__ == '__main__':

@@ -1,8 +1,8 @@
 """Whether a model reads the maps of its backbone.
 
 Without it a map that does not fit is a bare ``AssertionError`` of the neck, and one
-that nobody reads is noticed by DDP alone, at the second step and by the numbers of
-parameters. Each `mmengine.model.BaseModel` with a LaViT inside is looked at: when it
+that nobody reads, so that parameters get no gradient, is noticed by DDP alone, at the
+second step and by the numbers of parameters. Each `mmengine.model.BaseModel` with a LaViT inside is looked at: when it
 is built and at its first forward whether the maps fit, and at its first training
 forward whether the losses depend on all of them.
 """
@@ -120,6 +120,9 @@ class MapWatch:
             read = {i for i, node in own if node in found}
             # Frozen ones are in no graph.
             unread = sorted({i for i, node in own if node is not None} - read)
+            if read and backbone.arch['trunk_norm']:
+                # The stages behind it read what an unread map is of.
+                unread = [i for i in unread if i > max(read)]
             if read and unread:
                 warn(backbone, unread)
 

@@ -13,8 +13,8 @@ NORM = dict(type='BN')
 
 
 def backbone(*out_indices: int, **options) -> dict:
-    return dict(type='LaViT', arch=ARCH, pretrain_img_size=64,
-                out_indices=out_indices, **options)
+    return {**dict(type='LaViT', arch=ARCH, pretrain_img_size=64, trunk_norm=False,
+                   out_indices=out_indices), **options}
 
 
 def deeplab(*out_indices: int, in_index: int = -1, dims=(8, 32), **options) -> dict:
@@ -29,11 +29,12 @@ def deeplab(*out_indices: int, in_index: int = -1, dims=(8, 32), **options) -> d
             num_classes=150, norm_cfg=NORM))
 
 
-def retinanet(*out_indices: int, in_channels=(16, 24, 32), **neck) -> dict:
+def retinanet(*out_indices: int, in_channels=(16, 24, 32), trunk_norm=False,
+              **neck) -> dict:
     return dict(
         type='RetinaNet',
         data_preprocessor=dict(type='DetDataPreprocessor'),
-        backbone=backbone(*out_indices),
+        backbone=backbone(*out_indices, trunk_norm=trunk_norm),
         neck=dict(type='FPN', in_channels=list(in_channels), out_channels=8,
                   num_outs=5, **neck),
         bbox_head=dict(
@@ -99,6 +100,22 @@ def test_unread_maps_are_named_once(scope, config, unread, rest, told):
         config['decode_head']['in_index'] = -1
     assert step(build(scope, config), scope) == []
     assert len(told) == 1
+
+
+@pytest.mark.parametrize('scope, config', [
+    ('mmdet', retinanet(0, 1, 2, 3, in_channels=(8, 16, 24, 32), start_level=1,
+                        trunk_norm=True)),
+    ('mmseg', deeplab(0, 1, 2, 3, trunk_norm=True)),
+])
+def test_norms_in_the_trunk_need_no_reader(scope, config, told):
+    assert step(build(scope, config), scope) == []
+    assert not told
+
+
+def test_stages_behind_the_last_map_that_is_read_are_named(told):
+    config = deeplab(0, 1, 2, 3, in_index=1, dims=(8, 16), trunk_norm=True)
+    assert step(build('mmseg', config), 'mmseg')
+    assert 'maps of stages 2, 3: nobody' in told[0]
 
 
 def test_read_and_frozen_maps_and_tests_are_passed_over(told):

@@ -72,7 +72,7 @@ class LaViT(BaseModule):
             and if need be ``mlp_ratios`` (default (4, 4, 4, 4)), ``strides``
             (default (4, 2, 2, 2)) and ``patch_sizes`` (odd, at least the
             strides, default (7, 3, 3, 3)), each with a value for every stage,
-            and the flags ``trunk_norm`` (default False) and ``attn_residual``
+            and the flags ``trunk_norm`` (default True) and ``attn_residual``
             (default True). Defaults to 'small'.
         in_channels (int): Channels of the input. Defaults to 3.
         pretrain_img_size (int): Input size in pixels that fixes the base grids
@@ -93,7 +93,7 @@ class LaViT(BaseModule):
         trunk_norm (bool, optional): Whether the norm at the end of each stage is
             in the trunk, as in PVTv2: the next stage and the output see its
             result. Else only the output does. Defaults to None: as ``arch`` says,
-            False but in PVTv2's presets.
+            True in all presets.
         transform (str): What LA layers do with the scores they inherit:
             'token_mix', the method; for ablations 'identity' (plain reuse) or
             're_attention' (plain reuse, and DeepViT's Re-Attention on the

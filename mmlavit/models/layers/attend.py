@@ -40,6 +40,9 @@ def attend_factors(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 def attend_sum(q: Tensor, k: Tensor, scores: Tensor, v: Tensor,
                dropout: float) -> Tensor:
     """Of S = q k^T + ``scores`` (B, heads, N, M), as the mask of a fused kernel."""
+    if not is_exporting() and len(q) == 0:
+        # There the kernel of torch 2.14 gives the mask no gradient.
+        return attend_matrix(q @ k.mT + scores, v, dropout)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=scores, dropout_p=dropout, scale=1.)
 

@@ -248,12 +248,14 @@ def test_compiles_as_one_graph_for_changing_sizes(device):
 
 
 @pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (3, ), (1, 2), (0, )])
-@pytest.mark.parametrize('attn_residual', [True, False])
-def test_every_parameter_gets_a_gradient(out_indices, attn_residual, device):
+@pytest.mark.parametrize('attn_residual, trunk_norm', [(True, True), (False, False)])
+def test_every_parameter_gets_a_gradient(out_indices, attn_residual, trunk_norm,
+                                         device):
     model = randomise(
-        build(out_indices=out_indices, attn_residual=attn_residual)).to(device)
+        build(out_indices=out_indices, attn_residual=attn_residual,
+              trunk_norm=trunk_norm)).to(device)
     assert [stage.norm is not None for stage in model.stages] == [
-        i in out_indices for i in range(out_indices[-1] + 1)]
+        trunk_norm or i in out_indices for i in range(out_indices[-1] + 1)]
     assert len(model.stages) == out_indices[-1] + 1
     grads = gradients(model, torch.randn(2, 3, 96, 64, device=device))
     for name, grad in grads.items():
@@ -494,14 +496,18 @@ def test_not_finite_pixels_spoil_their_image_alone_and_visibly(path, device):
         assert out[1:].isnan().all()
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
-    """A classifier's checkpoint, the backbone under its prefix."""
-    model = randomise(build(out_indices=(3, )))
+def classifier_checkpoint(tmp_path, **kwargs) -> tuple:
+    """A classifier's checkpoint, the backbone under its prefix, and that backbone."""
+    model = randomise(build(out_indices=(3, ), **kwargs))
     path = tmp_path / 'classifier.pth'
     state = {f'backbone.{k}': v for k, v in model.state_dict().items()}
     torch.save(dict(state_dict={**state, 'head.fc.weight': torch.ones(1)}), path)
     return path, model
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return classifier_checkpoint(tmp_path)
 
 
 def pretrained(path, **kwargs) -> LaViT:
@@ -533,12 +539,19 @@ def test_mmengines_log_says_how_each_parameter_was_initialised(within):
     assert all('LaViTInit' in line for line in report.values())
 
 
-def test_pretrained_weights_load_and_missing_keys_are_reported(
+def test_a_classifiers_weights_bring_the_norms_of_all_maps(
         checkpoint, warnings_logged):
     path, source = checkpoint
     model = pretrained(path)
+    assert model.state_dict().keys() == source.state_dict().keys()
     for name, value in source.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
+    assert 'missing keys' not in ''.join(warnings_logged)
+
+
+def test_missing_keys_are_reported(tmp_path, warnings_logged):
+    path, _ = classifier_checkpoint(tmp_path, trunk_norm=False)
+    pretrained(path, trunk_norm=False)
     report = ''.join(warnings_logged)
     assert 'missing keys' in report and 'stages.0.norm.weight' in report
 

@@ -3,6 +3,7 @@ import pytest
 import timm
 import torch
 from mmdet.models.backbones.pvt import pvt_convert
+from mmengine.registry import init_default_scope
 from mmpretrain.registry import MODELS
 from torch import nn
 
@@ -97,6 +98,7 @@ def test_timms_names_give_the_same_up_to_eps():
     dict(type='TimmClassifier', model_name='pvt_v2_b0')],
     ids=lambda config: config['type'])
 def test_mmpretrains_names_are_timms(config):
+    init_default_scope('mmpretrain')  # of an earlier test it may be another
     weights = MODELS.build(config).state_dict()
     bare = timm.create_model('pvt_v2_b0').state_dict()
     expected = {name: next(x for long, x in weights.items() if long.endswith(name))

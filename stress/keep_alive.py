@@ -41,7 +41,7 @@ def build(form: Optional[str], twin: bool, seed: int) -> LaViT:
     torch.manual_seed(seed)
     arch = {**ARCH, 'num_va_layers': ARCH['depths']} if twin else ARCH
     model = LaViT(
-        arch=arch, pretrain_img_size=32, sr_ratios=(4, 2, 1, 1),
+        arch=arch, trunk_norm=False, pretrain_img_size=32, sr_ratios=(4, 2, 1, 1),
         out_indices=(3, ), dp_loss=form and dict(form=form))
     model.init_weights()
     return model

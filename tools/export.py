@@ -74,13 +74,13 @@ def main() -> None:
 
     import mmlavit  # noqa: F401  (registers LaViT)
     from mmlavit.analysis.building import build_model
-    from mmlavit.export import metadata, parts, programs
+    from mmlavit.export import choose, metadata, programs
     logging.disable(logging.INFO)  # each parameter's initialisation
     config = Config.fromfile(args.config)
     model = build_model(config)
     try:
         checkpoint = metadata.load_weights(model, args.checkpoint)
-        part = parts.choose_part(model, args.part)
+        part = choose.choose_part(model, args.part)
         print(f'exporting {args.part} of {args.config}: {part.task}', flush=True)
         program = programs.export_program(part)
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ are needed, and nothing else is trained. Our choice; the paper trains from scrat
 import math
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Callable, Iterator, List, NamedTuple, Sequence
 
 import mmcv
 import numpy as np

@@ -2,14 +2,15 @@
 import re
 import sys
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from ..analysis.peers import build_backbone
 from ..analysis.timing import Spread, Step, time_in_turn
-from .parts import Part, choose_part
+from .choose import choose_part
+from .parts import Part
 from .programs import export_program, quantise_linear, to_fixed_onnx, to_onnx
 
 # What can run which type of numbers; 'int8' has linear layers alone in int8.

@@ -23,7 +23,7 @@ pytest.importorskip('onnxscript')
 onnxruntime = pytest.importorskip('onnxruntime')
 pytest.importorskip('openvino')
 
-from mmlavit.export import parts, programs, verify  # noqa: E402
+from mmlavit.export import choose, parts, programs, verify  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 # Every kind of layer: VA, LA, and scores inherited across stages.
@@ -78,7 +78,7 @@ def test_backbone_at_sizes_that_are_not_the_examples(options, tmp_path):
     model = nn.Module()
     model.backbone = randomise(
         LaViT(**{k: v for k, v in {**BACKBONE, **options}.items() if k != 'type'}))
-    part = parts.choose_part(model, 'backbone')
+    part = choose.choose_part(model, 'backbone')
     program = programs.export_program(part)
     path, half, pt2 = (tmp_path / x for x in ('x.onnx', 'half.onnx', 'x.pt2'))
     programs.to_onnx(program, part, path)
@@ -153,7 +153,7 @@ def segmentor(head: dict, neck=None) -> nn.Module:
      dict(type='FPN', in_channels=[8, 16], out_channels=8, num_outs=2))
 ], ids=['UPerNet', 'Semantic FPN'])
 def test_segmentors_with_stock_heads(head, neck, tmp_path):
-    part = parts.choose_part(segmentor(head, neck), 'model')
+    part = choose.choose_part(segmentor(head, neck), 'model')
     rows = verify.largest_differences(
         part, as_onnx(part, tmp_path / 'x.onnx'), 'onnxruntime',
         [(1, 97, 161), (3, 64, 40)])
@@ -164,15 +164,15 @@ def test_wrong_parts_are_named():
     model = segmentor(dict(type='UPerHead', in_channels=[8, 16],
                            pool_scales=(1, 2, 3)))
     with pytest.raises(ValueError, match="part='end-to-end': EncoderDecoder"):
-        parts.choose_part(model, 'end-to-end')
+        choose.choose_part(model, 'end-to-end')
     config = detector_config(Path('data'))
     config.model.bbox_head.loss_cls = dict(type='CrossEntropyLoss')
     with pytest.raises(ValueError, match='loss_cls=.*use_sigmoid=True'):
-        parts.choose_part(build_model(config), 'end-to-end')
+        choose.choose_part(build_model(config), 'end-to-end')
     config = detector_config(Path('data'))
     config.model.test_cfg.nms.type = 'soft_nms'
     with pytest.raises(ValueError, match="test_cfg.nms=.*expected .*'nms'"):
-        parts.choose_part(build_model(config), 'end-to-end')
+        choose.choose_part(build_model(config), 'end-to-end')
 
 
 def test_weights_beyond_float16_are_named(tmp_path):

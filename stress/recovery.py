@@ -10,7 +10,8 @@ deepest layers and fine-tunes. Run it again to go on where it was cut off.
 Writes OUT/table.md, OUT/curve.png and OUT/results.json: top-1 at once, after 1 epoch and
 at the end, with Theta and Psi at the identity and fitted to the dropped layers'
 attention. The stock network is fine-tuned as long. A control has uniform maps in the same
-layers, at once.
+layers, at once. Speeds over the stock network's, of inference and of training steps,
+are measured at the end: keep the machine quiet then.
 """
 import argparse
 import json
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from mmlavit import LaViT
 from mmlavit.analysis.complexity import count_macs
 from mmlavit.analysis.report import markdown_table
+from mmlavit.analysis.timing import Spread, time_in_turn
 from mmlavit.checkpoints.fit import MEAN, STD, fit, make_teacher
 
 # Narrow, and of strides that leave 4 x 4 = 16 keys in every stage of a 64 px image.
@@ -156,12 +158,16 @@ def stock(num_classes: int) -> Classifier:
     return Classifier(backbone, num_classes)
 
 
+def with_la_layers(la_layers: int) -> LaViT:
+    return LaViT(ARCH, num_va_layers=VA_LAYERS[la_layers], sr_ratios=RATIOS,
+                 pretrain_img_size=SIZE)
+
+
 def convert(teacher: Classifier, la_layers: int,
             fitted_to: Optional[Sequence[Tensor]]) -> Tuple[Classifier, dict]:
     """The teacher with less attention; the fitted maps' divergences."""
     weights = teacher.backbone.state_dict()
-    backbone = LaViT(ARCH, num_va_layers=VA_LAYERS[la_layers], sr_ratios=RATIOS,
-                     pretrain_img_size=SIZE)
+    backbone = with_la_layers(la_layers)
     backbone.load_state_dict(dict(weights), strict=False)
     fitted = {}
     if fitted_to is not None:
@@ -215,6 +221,43 @@ def fine_tune(teacher: Classifier, la_layers: int, fits: bool, seed: int,
     return result
 
 
+def speeds(num_classes: int, trains: bool, rounds: int) -> Dict[int, str]:
+    """Over the stock network's, in turn, by the number of LA layers.
+
+    Args:
+        num_classes (int): Of the classifiers, whose weights are random.
+        trains (bool): A training step instead of inference.
+        rounds (int): At least 2.
+
+    Returns:
+        dict[int, str]: Median, and in brackets the 10th and 90th percentile.
+    """
+    images, classes = torch.randn(BATCH, 3, SIZE, SIZE), torch.zeros(BATCH).long()
+
+    def step(model: nn.Module):
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-5, foreach=True)
+        model.train(trains)
+
+        def infer() -> None:
+            with torch.no_grad():
+                model(images)
+
+        def learn() -> None:
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), classes).backward()
+            optimizer.step()
+
+        return learn if trains else infer
+
+    models = {0: stock(num_classes), **{
+        n: Classifier(with_la_layers(n), num_classes) for n in VA_LAYERS}}
+    times = time_in_turn(
+        {str(n): step(model) for n, model in models.items()}, rounds, 3, 'cpu')
+    ratios = {n: Spread.of([a / b for a, b in zip(times['0'], times[str(n)])])
+              for n in models}
+    return {n: f'{x.median:.2f} ({x.p10:.2f}-{x.p90:.2f})' for n, x in ratios.items()}
+
+
 def spread(values: Sequence[float]) -> str:
     """Mean, and with several seeds the standard deviation."""
     mean = f'{np.mean(values):.1f}'
@@ -222,12 +265,13 @@ def spread(values: Sequence[float]) -> str:
 
 
 def write_report(results: List[dict], controls: Dict[int, float],
-                 out: Path) -> None:
+                 ratios: Dict[str, Dict[int, str]], out: Path) -> None:
     """The table, the plot and all figures.
 
     Args:
         results (list[dict]): Of `fine_tune`.
         controls (dict[int, float]): Top-1 with uniform maps, by the number of layers.
+        ratios (dict[str, dict[int, str]]): Of `speeds`, by column.
         out (Path): The folder.
     """
     groups: Dict[Tuple[int, bool], List[dict]] = {}
@@ -242,6 +286,7 @@ def write_report(results: List[dict], controls: Dict[int, float],
             if la_layers else '',
             'parameters, M': f'{runs[0]["parameters"]:.2f}',
             'MACs, M': f'{runs[0]["macs"]:.1f}',
+            **{name: ratio[la_layers] for name, ratio in ratios.items()},
             'uniform maps there': f'{controls[la_layers]:.1f}' if la_layers else '',
             'at once': spread([run['at_once'] for run in runs]),
             'after 1 epoch': spread(epochs[:, 0]),
@@ -287,6 +332,9 @@ def main() -> None:
                         'e.g. --tune-lr 1e-4')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0],
                         help='of fine-tuning; default 0; e.g. --seeds 0 1 2')
+    parser.add_argument('--rounds', type=int, default=20,
+                        help='of measuring speed, at least 2; default %(default)s; '
+                        'e.g. --rounds 50')
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -301,7 +349,10 @@ def main() -> None:
         for seed in args.seeds for n, fits in rows
     ]
     controls = {n: top1(with_uniform_maps(teacher, n), held_out) for n in VA_LAYERS}
-    write_report(results, controls, args.out)
+    ratios = {
+        f'speed, {name}': speeds(len(data.classes.unique()), trains, args.rounds)
+        for name, trains in (('inference', False), ('training', True))}
+    write_report(results, controls, ratios, args.out)
 
 
 if __name__ == '__main__':

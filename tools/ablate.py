@@ -22,8 +22,8 @@ from typing import List
 
 VARIANTS = ('LaViT', 'no DP loss', 'DP loss, bounded', 'DP loss, margin 1',
             'DP loss, paper form',
-            'identity', 're-attention', 'no residual', 'LA one stage earlier',
-            'LA stages only', 'all VA (the twin)')
+            'identity', 're-attention', 'low-rank mixing', 'no residual',
+            'LA one stage earlier', 'LA stages only', 'all VA (the twin)')
 
 
 def plot(summaries: List[dict], scale: str, path: Path) -> None:

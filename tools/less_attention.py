@@ -53,6 +53,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--rounds', type=int, default=20, metavar='N',
                         help='rounds in which both backbones are timed on a batch of '
                         'the test, 0 for none; default: %(default)s; e.g. --rounds 50')
+    parser.add_argument('--control', action='store_true',
+                        help='also fine-tune the stock model as long, to compare with; '
+                        'default: not; e.g. --control')
     args = parser.parse_args()
     if not args.config.is_file():
         parser.error(f'{args.config}: no such config')
@@ -72,7 +75,7 @@ def main() -> None:
     from mmlavit.analysis.conversion import Conversion, convert_and_tune
     from mmlavit.analysis.report import markdown_table, write_csv
     how = Conversion(args.layers, args.num_layers, args.min_similarity, args.mixing,
-                     args.epochs, args.lr, args.rounds)
+                     args.epochs, args.lr, args.rounds, args.control)
     try:
         rows = convert_and_tune(Config.fromfile(args.config), args.checkpoint, args.out,
                                 how)

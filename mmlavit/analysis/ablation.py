@@ -46,6 +46,7 @@ VARIANTS: Dict[str, dict] = {
     'DP loss, paper form': dict(dp_loss=dict(form='paper', loss_weight=1e-4)),
     'identity': dict(transform='identity'),
     're-attention': dict(transform='re_attention'),
+    'low-rank mixing': dict(mixing='low_rank'),
     'no residual': dict(attn_residual=False),
     'LA one stage earlier': dict(num_va_layers=one_earlier),
     'LA stages only': dict(num_va_layers=stages_only),

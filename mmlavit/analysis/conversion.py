@@ -33,6 +33,7 @@ class Conversion(NamedTuple):
         epochs (int): Of fine-tuning; 0: none.
         lr (float): Learning rate at the begin of fine-tuning; it falls to 0.
         rounds (int): In which both are timed; 0: they are not.
+        control (bool): Fine-tunes the stock model as long, too.
     """
     layers: Optional[Sequence[int]]
     num_layers: Optional[int]
@@ -41,6 +42,7 @@ class Conversion(NamedTuple):
     epochs: int
     lr: float
     rounds: int
+    control: bool = False
 
 
 def convert_and_tune(config: Config, checkpoint: str, out: Path,
@@ -63,6 +65,11 @@ def convert_and_tune(config: Config, checkpoint: str, out: Path,
     config.load_from = checkpoint
     stock = make_runner(config, out / 'stock')
     rows = [row('trained', stock, stock.test())]
+    if how.control and how.epochs:
+        control = make_runner(for_tuning(config, how), out / 'control')
+        control.train()
+        rows.append(row(f'trained on, {how.epochs} epochs', control, control.test()))
+    stock_rows = len(rows)
     layers = how.layers
     if layers is None:
         found = layer_similarities(stock.model.backbone, some_images(stock))
@@ -78,7 +85,7 @@ def convert_and_tune(config: Config, checkpoint: str, out: Path,
         tuned.train()
         rows.append(row(f'fine-tuned, {how.epochs} epochs', tuned, tuned.test()))
     if how.rounds:
-        add_times(rows, stock, converted, how.rounds)
+        add_times(rows, stock_rows, stock, converted, how.rounds)
     return rows
 
 
@@ -135,8 +142,12 @@ def row(title: str, runner: Runner, metrics: Dict[str, float]) -> dict:
             'parameters, M': number(params / 1e6, 2)}
 
 
-def add_times(rows: List[dict], stock: Runner, converted: Runner, rounds: int) -> None:
-    """Time of the backbones on a batch, in turn, and the ratio of their speeds."""
+def add_times(rows: List[dict], stock_rows: int, stock: Runner, converted: Runner,
+              rounds: int) -> None:
+    """Time of the backbones on a batch, in turn, and the ratio of their speeds.
+
+    The first ``stock_rows`` rows are of the stock model.
+    """
     images = some_images(stock)
 
     def step(model: nn.Module):
@@ -151,7 +162,7 @@ def add_times(rows: List[dict], stock: Runner, converted: Runner, rounds: int) -
         rounds, 3, images.device.type)
     ratio = Spread.of([a / b for a, b in zip(times['stock'], times['less'])])
     for i, each in enumerate(rows):
-        seconds = Spread.of(times['less' if i else 'stock']).median
+        seconds = Spread.of(times['less' if i >= stock_rows else 'stock']).median
         each['backbone, ms'] = number(1e3 * seconds, 1)
         each['speed ratio'] = (f'{ratio.median:.2f} ({ratio.p10:.2f}-{ratio.p90:.2f})'
-                               if i else '1.00')
+                               if i >= stock_rows else '1.00')

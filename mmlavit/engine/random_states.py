@@ -73,6 +73,10 @@ class SkippedBatches:
 
     def __next__(self):
         if self.skip == 0:
+            # OneDL's mmengine begins its loader only now, and that draws a number.
+            begin = getattr(self.batches, '_ensure_iterator', None)
+            if begin is not None:
+                begin()
             set_random_states(self.states)
         self.skip -= 1
         return next(self.batches)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -137,32 +138,64 @@ def test_frozen_sizes_are_named(as_node):
     assert found == ["Reshape 'to_tokens': 26969"]
 
 
-def segmentor(head: dict, neck=None) -> nn.Module:
+def segmentor_config(head: dict, neck=None) -> Config:
     head = dict(in_index=[0, 1], channels=8, num_classes=5, align_corners=False,
                 loss_decode=dict(type='CrossEntropyLoss'), **head)
-    model = build_model(Config(dict(
+    return Config(dict(
         default_scope='mmseg',
-        model=dict(type='EncoderDecoder', backbone=BACKBONE, decode_head=head,
-                   neck=neck, test_cfg=dict(mode='whole')))))
-    return randomise(model)
+        visualizer=dict(type='SegLocalVisualizer'),
+        model=dict(
+            type='EncoderDecoder',
+            data_preprocessor=dict(
+                type='SegDataPreProcessor', mean=[120.] * 3, std=[60.] * 3,
+                bgr_to_rgb=True),
+            backbone=BACKBONE, decode_head=head, neck=neck,
+            test_cfg=dict(mode='whole'))))
 
 
-@pytest.mark.parametrize('head, neck', [
-    (dict(type='UPerHead', in_channels=[8, 16], pool_scales=(1, 2, 3)), None),
-    (dict(type='FPNHead', in_channels=[8, 8], feature_strides=[4, 8]),
-     dict(type='FPN', in_channels=[8, 16], out_channels=8, num_outs=2))
-], ids=['UPerNet', 'Semantic FPN'])
-def test_segmentors_with_stock_heads(head, neck, tmp_path):
-    part = choose.choose_part(segmentor(head, neck), 'model')
+UPERNET = dict(type='UPerHead', in_channels=[8, 16], pool_scales=(1, 2, 3))
+
+
+def test_segmentor_with_stock_head(tmp_path):
+    part = choose.choose_part(
+        randomise(build_model(segmentor_config(UPERNET))), 'model')
     rows = verify.largest_differences(
         part, as_onnx(part, tmp_path / 'x.onnx'), 'onnxruntime',
         [(1, 97, 161), (3, 64, 40)])
     assert max(row['difference'] for row in rows) < 1e-4
 
 
+def test_segmentor_by_three_ways(digits, tmp_path):
+    """Semantic FPN: verified at other sizes, and the framework's masks on images."""
+    config = segmentor_config(
+        dict(type='FPNHead', in_channels=[8, 8], feature_strides=[4, 8]),
+        dict(type='FPN', in_channels=[8, 16], out_channels=8, num_outs=2))
+    images = digits / 'images/val'
+    config.test_dataloader = dict(dataset=dict(
+        type='BaseSegDataset', data_root=str(images), pipeline=[
+            dict(type='LoadImageFromFile'),
+            dict(type='Resize', scale=(208, 112), keep_ratio=True),
+            dict(type='PackSegInputs')]))
+    config.test_pipeline = config.test_dataloader.dataset.pipeline
+    paths = save(randomise(build_model(config)), config, tmp_path, tuple('abcde'))
+    run('tools/export.py', *paths, tmp_path / 'x.onnx', '--verify')
+    run_without_torch('tools/infer_onnx.py', tmp_path / 'x.onnx', images, '--out',
+                      tmp_path / 'onnx')
+    run('tools/infer.py', *paths, images, '--out', tmp_path / 'stock', '--device',
+        'cpu', '--batch-size', 3)
+    found, expected = predictions(tmp_path / 'onnx'), predictions(tmp_path / 'stock')
+    assert found.keys() == expected.keys() and len(found) == 4
+    assert len(set().union(*(x['shares'] for x in expected.values()))) > 2
+    for name, stock in expected.items():
+        # A pixel or two of 25,600 may lie on the edge between two classes.
+        assert found[name]['shares'] == pytest.approx(stock['shares'], abs=1e-4)
+        mask = cv2.imread(str(tmp_path / 'onnx/pictures' / name), -1)
+        assert mask.shape == (160, 160) and mask.max() < 5
+        assert (tmp_path / 'stock/pictures' / name).stat().st_size
+
+
 def test_wrong_parts_are_named():
-    model = segmentor(dict(type='UPerHead', in_channels=[8, 16],
-                           pool_scales=(1, 2, 3)))
+    model = build_model(segmentor_config(UPERNET))
     with pytest.raises(ValueError, match="part='end-to-end': EncoderDecoder"):
         choose.choose_part(model, 'end-to-end')
     config = detector_config(Path('data'))
@@ -199,8 +232,9 @@ def save(model: nn.Module, config: Config, folder: Path, classes) -> tuple:
     """A config and a checkpoint as a training leaves them."""
     paths = folder / 'config.py', folder / 'epoch_1.pth'
     config.dump(paths[0])
-    torch.save(dict(meta=dict(dataset_meta=dict(classes=classes)),
-                    state_dict=model.state_dict()), paths[1])
+    meta = dict(classes=classes, palette=[[20 * i] * 3 for i in range(len(classes))])
+    torch.save(dict(meta=dict(dataset_meta=meta), state_dict=model.state_dict()),
+               paths[1])
     return paths
 
 

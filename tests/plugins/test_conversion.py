@@ -35,13 +35,14 @@ def test_accuracy_before_and_after(digits, tmp_path):
     config = vit_config(digits)
     weights = train(config, tmp_path / 'train')
     how = Conversion(layers=[2, 3], num_layers=None, min_similarity=.8, mixing='full',
-                     epochs=1, lr=1e-4, rounds=2)
+                     epochs=1, lr=1e-4, rounds=2, control=True)
     rows = convert_and_tune(config, str(tmp_path / 'train/epoch_1.pth'), tmp_path / 'la',
                             how)
     assert [row['model'] for row in rows] == [
-        'trained', 'converted', 'fine-tuned, 1 epochs']
+        'trained', 'trained on, 1 epochs', 'converted', 'fine-tuned, 1 epochs']
     assert all(0 <= float(row['accuracy/top1']) <= 100 for row in rows)
-    assert rows[0]['speed ratio'] == '1.00' and float(rows[1]['backbone, ms']) > 0
+    assert rows[0]['speed ratio'] == rows[1]['speed ratio'] == '1.00'
+    assert float(rows[2]['backbone, ms']) > 0
     # What was written is the model that was measured, from the trained weights.
     converted = Config.fromfile(tmp_path / 'la/config.py')
     assert converted.custom_imports['imports'][-1].endswith('la_vit')

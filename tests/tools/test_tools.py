@@ -54,6 +54,30 @@ def test_digits_boxes_and_masks_agree(digits):
             assert any((digits / 'classes' / split / str(label)).iterdir())
 
 
+def test_every_second_class_of_tiny_imagenet(tmp_path):
+    archive, out = tmp_path / 'tiny-imagenet-200', tmp_path / 'out'
+    for name in 'dbca':
+        for i in range(3):
+            path = archive / f'train/{name}/images/{name}_{i}.JPEG'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f'{name}{i}')
+    (archive / 'val/images').mkdir(parents=True)
+    for i, name in enumerate('aabbccdd'):
+        (archive / f'val/images/val_{i}.JPEG').write_text(f'{name} {i}')
+    (archive / 'val/val_annotations.txt').write_text(''.join(
+        f'val_{i}.JPEG\t{name}\t0\t32\t44\t62\n'
+        for i, name in enumerate('aabbccdd')))
+    for _ in range(2):
+        assert '6 training and 4 validation images' in run(
+            sys.executable, 'tools/make_tiny_imagenet100.py', archive, out)
+    made = {path.relative_to(out).as_posix(): path.read_text()
+            for path in out.rglob('*.JPEG')}
+    assert made == {
+        **{f'train/{c}/{c}_{i}.JPEG': f'{c}{i}' for c in 'ac' for i in range(3)},
+        'val/a/val_0.JPEG': 'a 0', 'val/a/val_1.JPEG': 'a 1',
+        'val/c/val_4.JPEG': 'c 4', 'val/c/val_5.JPEG': 'c 5'}
+
+
 def test_digits_of_the_validation_set_are_held_out():
     script = runpy.run_path(str(ROOT / 'tools/make_digits.py'))
     scans = script['split_digits'](np.random.default_rng(0))

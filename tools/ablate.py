@@ -23,7 +23,8 @@ from typing import List
 VARIANTS = ('LaViT', 'no DP loss', 'DP loss, bounded', 'DP loss, margin 1',
             'DP loss, paper form',
             'identity', 're-attention', 'low-rank mixing', 'no residual',
-            'LA one stage earlier', 'LA stages only', 'all VA (the twin)')
+            'LA one stage earlier', 'LA stages only', 'all VA (the twin)',
+            'uniform maps (a control)')
 
 
 def plot(summaries: List[dict], scale: str, path: Path) -> None:
@@ -89,6 +90,10 @@ def parse_args() -> argparse.Namespace:
         help='processes that load images, 0: none beside the training; default: '
         '%(default)s; e.g. --workers 8')
     parser.add_argument(
+        '--no-augment', action='store_true',
+        help='training images as they are; default: cropped and flipped at random; '
+        'e.g. --no-augment')
+    parser.add_argument(
         '--analysed-images', type=int, default=256, metavar='N',
         help='of the validation, for the similarities; default: %(default)s; e.g. '
         '--analysed-images 64')
@@ -113,7 +118,7 @@ def main() -> None:
     from mmlavit.analysis.report import markdown_table, write_csv
     logging.disable(logging.INFO)
     grid = Grid(args.config, args.data, args.out, args.epochs, args.size,
-                args.batch_size, args.lr, args.workers)
+                args.batch_size, args.lr, args.workers, not args.no_augment)
     runs = [(variant, seed) for seed in args.seeds for variant in args.only]
     progress = tqdm(runs, 'training', disable=None)
     try:

@@ -20,10 +20,10 @@ import sys
 import tempfile
 import zlib
 from pathlib import Path
+from typing import Tuple
 
 import cv2
 import numpy as np
-from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 SPLITS = ('train', 'val')
@@ -57,19 +57,6 @@ def parse_args() -> argparse.Namespace:
     if not 1 <= args.digits[0] <= args.digits[1]:
         parser.error(f'--digits {args.digits}: expected 1 <= MIN <= MAX')
     return args
-
-
-def split_digits(rng: np.random.Generator) -> dict:
-    """The scans and labels of each split, one fifth held out per class."""
-    digits = load_digits()
-    held_out = np.zeros(len(digits.target), bool)
-    for label in range(10):
-        indices = rng.permutation(np.flatnonzero(digits.target == label))
-        held_out[indices[:len(indices) // 5]] = True
-    scans = (digits.images / 16).astype(np.float32)
-    return dict(
-        train=(scans[~held_out], digits.target[~held_out]),
-        val=(scans[held_out], digits.target[held_out]))
 
 
 def texture(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -130,7 +117,7 @@ def compose(rng: np.random.Generator, scans: np.ndarray, labels: np.ndarray,
 
 
 def write_split(out: Path, split: str, count: int, scans: np.ndarray,
-                labels: np.ndarray, args: argparse.Namespace,
+                labels: np.ndarray, size: int, digits: Tuple[int, int],
                 rng: np.random.Generator) -> None:
     for folder in ('images', 'masks'):
         (out / folder / split).mkdir(parents=True)
@@ -138,11 +125,11 @@ def write_split(out: Path, split: str, count: int, scans: np.ndarray,
     for i in tqdm(range(count), desc=f'{split} images', unit='image',
                   disable=None):
         name = f'{i:05d}.png'
-        image, mask, boxes = compose(rng, scans, labels, args.size, args.digits)
+        image, mask, boxes = compose(rng, scans, labels, size, digits)
         cv2.imwrite(str(out / 'images' / split / name), image)
         cv2.imwrite(str(out / 'masks' / split / name), mask)
         images.append(
-            dict(id=i, file_name=name, width=args.size, height=args.size))
+            dict(id=i, file_name=name, width=size, height=size))
         annotations += [
             dict(
                 id=len(annotations) + n,
@@ -178,6 +165,8 @@ def write_split(out: Path, split: str, count: int, scans: np.ndarray,
 
 def main() -> None:
     args = parse_args()
+    # After parsing: it takes seconds, which --help need not wait for.
+    from mmlavit.analysis.digits import split_digits
     settings = {k: v for k, v in vars(args).items() if k != 'out'}
     settings['digits'] = list(args.digits)
     # So that data made by another version of this file is made anew.
@@ -199,8 +188,8 @@ def main() -> None:
         rng = np.random.default_rng(args.seed)
         scans = split_digits(rng)
         for split in SPLITS:
-            write_split(part, split, getattr(args, split), *scans[split], args,
-                        rng)
+            write_split(part, split, getattr(args, split), *scans[split], args.size,
+                        args.digits, rng)
         (part / stamp.name).write_text(json.dumps(settings))
         shutil.rmtree(args.out, ignore_errors=True)
         part.rename(args.out)

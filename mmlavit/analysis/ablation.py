@@ -7,7 +7,10 @@ from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import torch
 from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner, load_checkpoint
+from torch import nn
 
 from ..models.backbones.arch import resolve_arch
 from .building import build_model
@@ -52,7 +55,23 @@ VARIANTS: Dict[str, dict] = {
     'LA stages only': dict(num_va_layers=stages_only),
     'all VA (the twin)': dict(num_va_layers=all_va, attn_residual=False,
                               dp_loss=None),
+    'uniform maps (a control)': dict(num_va_layers=all_va, attn_residual=False,
+                                     dp_loss=None),
 }
+UNIFORM = 'uniform maps (a control)'
+
+
+@HOOKS.register_module()
+class UniformMaps(Hook):
+    """Holds Q at zero, so that every token attends to all alike.
+
+    Shows how much of an accuracy is due to attention.
+    """
+
+    def before_train(self, runner) -> None:
+        for name, parameter in runner.model.named_parameters():
+            if '.attn.q.' in name:
+                nn.init.zeros_(parameter).requires_grad_(False)
 
 
 class Grid(NamedTuple):
@@ -68,6 +87,7 @@ class Grid(NamedTuple):
         batch_size (int): Of training and validation.
         lr (float): Highest learning rate of AdamW.
         workers (int): Processes that load images.
+        augments (bool): Crops and flips training images at random.
     """
     config: Path
     data: Path
@@ -77,6 +97,7 @@ class Grid(NamedTuple):
     batch_size: int = 64
     lr: float = 1e-3
     workers: int = 2
+    augments: bool = True
 
     def work_dir(self, variant: str, seed: int) -> Path:
         """Of one training."""
@@ -102,6 +123,9 @@ def make_config(grid: Grid, variant: str, seed: int) -> Config:
     set_backbone(config.model.backbone, variant, grid.size)
     set_data(config, grid)
     set_schedule(config, grid)
+    if variant == UNIFORM:
+        config.custom_imports.imports = [*config.custom_imports.imports, __name__]
+        config.custom_hooks = [*config.custom_hooks, dict(type='UniformMaps')]
     config.randomness = dict(seed=seed)
     config.work_dir = str(grid.work_dir(variant, seed))
     return config
@@ -125,7 +149,7 @@ def arch_of(backbone: dict) -> dict:
 
 
 def set_data(config: Config, grid: Grid) -> None:
-    """Resized images; cropped and flipped for training."""
+    """Resized images; for training cropped and flipped, if the grid says so."""
     train, val = grid.data / 'train', grid.data / 'val'
     if not val.is_dir():
         val = grid.data / 'test'
@@ -137,7 +161,7 @@ def set_data(config: Config, grid: Grid) -> None:
     augment = [
         dict(type='RandomCrop', crop_size=grid.size, padding=grid.size // 8),
         dict(type='RandomFlip', prob=0.5, direction='horizontal')
-    ]
+    ] if grid.augments else []
     pack = [dict(type='PackInputs')]
     for loader, root, pipeline in (
         ('train_dataloader', train, [*load, *augment, *pack]),

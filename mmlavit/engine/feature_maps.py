@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..models.backbones.lavit import LaViT
-from ..models.layers.attend import is_compiling
+from ..models.layers.tracing import is_compiling
 
 POOLINGS = 'GlobalAveragePooling', 'GeneralizedMeanPooling'  # mmpretrain's necks
 

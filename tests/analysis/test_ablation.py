@@ -37,7 +37,7 @@ def grid(tmp_path) -> Grid:
 
 
 def test_grid_is_trained_once_resumed_and_summarised(grid, monkeypatch):
-    names = ['LaViT', 'identity', 'all VA (the twin)']
+    names = ['LaViT', 'identity', 'all VA (the twin)', ablation.UNIFORM]
     tasks = []
 
     def listen(task, arguments, log):
@@ -55,13 +55,15 @@ def test_grid_is_trained_once_resumed_and_summarised(grid, monkeypatch):
     monkeypatch.setattr(ablation, 'launch', listen)
     for name in names:
         assert 0 <= train(grid, name, 0) <= 100
-    assert tasks == ['train'] * 3
+    assert tasks == ['train'] * 4
     rows = {name: summarise(grid, name, [0], images=8) for name in names}
     # Plain reuse makes maps more alike, and has no Theta and Psi; the twin has Q
     # and K instead.
-    twin, identity, lavit = (rows[name] for name in reversed(names))
+    lavit, identity, twin, uniform = (rows[name] for name in names)
     assert identity['maps'] > twin['maps']
     assert identity['params'] < min(lavit['params'], twin['params'])
+    assert uniform['va_entropy'] == pytest.approx(1) > twin['va_entropy']
+    assert uniform['params'] == twin['params']
 
     # Cut off between the last checkpoint and its validation: only tested.
     tasks.clear()
@@ -80,6 +82,13 @@ def test_grid_is_trained_once_resumed_and_summarised(grid, monkeypatch):
         train(grid._replace(epochs=2), 'LaViT', 0)
 
 
+def test_images_are_augmented_or_not(grid):
+    for augments in (True, False):
+        config = ablation.make_config(grid._replace(augments=augments), 'LaViT', 0)
+        kinds = {step.type for step in config.train_dataloader.dataset.pipeline}
+        assert ({'RandomCrop', 'RandomFlip'} <= kinds) == augments
+
+
 def test_a_training_that_fails_names_its_log(grid, monkeypatch):
     monkeypatch.setattr(ablation, 'launch', lambda *args: None)
     with pytest.raises(RuntimeError, match='identity, seed 3: training failed; see '
@@ -96,7 +105,8 @@ def test_variants_are_what_they_are_called():
     assert layers == {
         'LA one stage earlier': [1, 2, 0],
         'LA stages only': [2, 4, 0],
-        'all VA (the twin)': [2, 4, 4]
+        'all VA (the twin)': [2, 4, 4],
+        ablation.UNIFORM: [2, 4, 4]
     }
     assert VARIANTS['all VA (the twin)']['dp_loss'] is None
     for name in ('tiny', 'small', 'base'):

@@ -1,6 +1,6 @@
 """softmax(S) V: which kernel computes it, and in how many pieces.
 
-Here alone stands what a processor, a compiler or the memory asks for.
+Here alone stands what kernels ask for, and what fits into memory.
 """
 from typing import Callable, Optional, Sequence
 
@@ -9,10 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Not in torch 2.1, which does not compile LaViT.
-is_compiling = getattr(torch.compiler, 'is_compiling', lambda: False)
-# Then sizes are symbols, which must not be compared with numbers.
-is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
+from .tracing import is_compiling, is_exporting
 
 # Entries of the score matrices that are built at once: 4 MB in float32, which stay
 # in a CPU's cache; more on a GPU, where the number was not measured. This bounds

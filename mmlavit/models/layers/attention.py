@@ -4,12 +4,12 @@ from typing import Optional, Tuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attend import is_exporting
 from .grid import (Grid, Grids, merge_heads, pool_tokens, pooled_grid,
                    split_heads, to_map, to_tokens)
 from .mixing import ReAttention, TokenMix, build_mix
 from .norms import build_norm, normalise
 from .scores import LayerScores, make_scores
+from .tracing import is_exporting
 
 VALUE_REDUCTIONS = ('conv', 'pool')
 TRANSFORMS = ('token_mix', 'identity', 're_attention')

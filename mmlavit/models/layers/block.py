@@ -9,12 +9,12 @@ from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attend import is_exporting
 from .attention import LessAttention, VanillaAttention
 from .grid import Grid, Grids, to_map, to_tokens
 from .norms import build_activation, build_norm, normalise
 from .scores import AttentionDownsample, LayerScores, Scores
 from .step import Layer, Observable
+from .tracing import is_exporting
 
 
 class ConvFFN(nn.Module):

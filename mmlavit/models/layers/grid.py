@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attend import is_exporting
+from .tracing import is_exporting, is_tracing
 
 Grid = Tuple[int, int]
 
@@ -81,7 +81,7 @@ class Grids(NamedTuple):
             most = sr_ratio * max_key_grid
             longest = torch.sym_max(*queries) if is_exporting() else max(queries)
             ratio *= (longest + most - 1) // most
-            if torch.jit.is_tracing():
+            if is_tracing():
                 ratio = int(ratio)  # a tensor there, which torch 2.1 cannot pool by
         return cls(queries, ratio)
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attend import is_exporting
 from .grid import Grid, to_map, to_tokens
+from .tracing import is_exporting
 
 MIXINGS = ('full', 'low_rank')
 DEFAULT_RANK = 16  # our choice: a sixth of the full product at 14 x 14 tokens

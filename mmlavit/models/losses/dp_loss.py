@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from ...utils.checks import (require, require_choice, require_int, require_ints,
                              require_keys, require_number, require_type)
-from ..layers.attend import is_compiling
 from ..layers.grid import Grids
 from ..layers.scores import LayerScores
+from ..layers.tracing import is_compiling
 
 FORMS = ('preserve', 'bounded', 'paper')
 # Side of the grid of regions that maps are compared on: larger regions where there

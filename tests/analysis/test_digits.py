@@ -1,0 +1,57 @@
+"""The scans, and the data sets that are made of them."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from mmlavit.analysis.digits import split_digits
+
+
+def test_digits_of_the_validation_set_are_held_out():
+    scans = split_digits(np.random.default_rng(0))
+    train, val = ({scan.tobytes() for scan in scans[split][0]}
+                  for split in ('train', 'val'))
+    assert len(train) + len(val) == 1797
+    assert not train & val
+    assert set(scans['val'][1]) == set(range(10))
+
+
+def digit_of_the_bars_colour(image: np.ndarray, scans: np.ndarray,
+                             labels: np.ndarray) -> int:
+    """What a reader of the image (64, 64, 3), BGR, would say."""
+    bars = [image[:4], image[-4:], image[:, :4], image[:, -4:]]
+    bar = max((bar.reshape(-1, 3).mean(0) for bar in bars), key=np.ptp)
+    inside = image[4:-4, 4:-4].astype(float)
+    like = inside @ bar / np.linalg.norm(inside, axis=2) / np.linalg.norm(bar)
+    found = (like > .97) & (np.ptp(inside, axis=2) > 90)
+    halves = [slice(0, 28), slice(28, None)]
+    cell = max(((y, x) for y in halves for x in halves), key=lambda c: found[c].sum())
+    rows, columns = (np.flatnonzero(found[cell].any(axis)) for axis in (1, 0))
+    digit = found[cell][rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+
+    def normal(scan):
+        rows, columns = (np.flatnonzero((scan > .4).any(axis)) for axis in (1, 0))
+        scan = scan[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+        return cv2.resize(scan.astype(np.float32), (12, 12)).ravel()
+
+    distances = [np.abs(normal(digit) - normal(scan)).sum() for scan in scans]
+    return labels[np.argmin(distances)]
+
+
+def test_the_class_is_the_digit_of_the_bars_colour(tmp_path):
+    out = tmp_path / 'cued'
+    command = [sys.executable, Path(__file__).parents[2] / 'tools/make_cued_digits.py',
+               out, '--train', '12', '--val', '40']
+    subprocess.run(command, check=True)
+    assert len(list(out.glob('train/*/*.png'))) == 12
+    scans = split_digits(np.random.default_rng(0))['val']
+    files = list(out.glob('val/*/*.png'))
+    right = sum(digit_of_the_bars_colour(cv2.imread(str(file)), *scans)
+                == int(file.parent.name) for file in files)
+    assert len(files) == 40 and right >= 34  # small digits are hard to read
+    assert 'already there' in subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert json.loads((out / 'dataset.json').read_text())['size'] == 64

@@ -1,0 +1,111 @@
+"""Makes images whose class cannot be told without comparing distant places.
+
+Each image has four of scikit-learn's scanned digits, in four colours, and a bar at its
+border in one of these colours. The class is the digit that has the bar's colour. Colours
+are random for each image, and so is the side of the bar. Digits of the validation images
+occur in no training image.
+
+    python tools/make_cued_digits.py data/cued_digits
+
+    data/cued_digits/{train,val}/{0-9}/*.png    class folders
+    data/cued_digits/dataset.json               the arguments, written last
+"""
+import argparse
+import colorsys
+import json
+import sys
+from pathlib import Path
+from typing import List, Tuple
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+# Height of a digit, and width of the bar, of an image's side.
+DIGIT, BAR = (.28, .36), .07
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        'out', type=Path, help='folder that is written; e.g. data/cued_digits')
+    for split, count in (('train', 20000), ('val', 2000)):
+        parser.add_argument(
+            f'--{split}', type=int, default=count, metavar='N',
+            help=f'images; default: %(default)s; e.g. --{split} 100')
+    parser.add_argument(
+        '--size', type=int, default=64, metavar='PIXELS',
+        help='side of the images, at least 48; default: %(default)s; e.g. --size 96')
+    parser.add_argument(
+        '--seed', type=int, default=0,
+        help='of all random numbers; default: %(default)s; e.g. --seed 1')
+    args = parser.parse_args()
+    for name in ('train', 'val'):
+        if getattr(args, name) < 1:
+            parser.error(f'--{name} {getattr(args, name)}: at least 1')
+    if args.size < 48:
+        parser.error(f'--size {args.size}: at least 48')
+    return args
+
+
+def four_colours(rng: np.random.Generator) -> List[np.ndarray]:
+    """Bright colours (3, ), 0 to 255, whose hues are a quarter circle apart."""
+    hues = (rng.uniform() + rng.permutation(4) / 4 + rng.uniform(-.03, .03, 4)) % 1
+    return [255 * np.float32(colorsys.hsv_to_rgb(hue, 1, rng.uniform(.8, 1)))
+            for hue in hues]
+
+
+def compose(rng: np.random.Generator, scans: np.ndarray, labels: np.ndarray,
+            size: int) -> Tuple[np.ndarray, int]:
+    """An image (size, size, 3), uint8, and its class."""
+    image = np.full((size, size, 3), rng.uniform(20, 90), np.float32)
+    colours = four_colours(rng)
+    # Four different digits, or the class would be told by two of a kind.
+    chosen = [int(rng.choice(np.flatnonzero(labels == label)))
+              for label in rng.permutation(10)[:4]]
+    bar = round(BAR * size)
+    half = (size - 2 * bar) // 2  # side of the cell of one digit
+    for i, (index, colour) in enumerate(zip(chosen, colours)):
+        height = min(round(size * rng.uniform(*DIGIT)), half)
+        y, x = (bar + half * cell + rng.integers(0, half - height + 1)
+                for cell in divmod(i, 2))
+        alpha = cv2.resize(scans[index], (height, height),
+                           interpolation=cv2.INTER_CUBIC)
+        alpha = (alpha * 1.6 - .3).clip(0, 1)[..., None]
+        region = image[y:y + height, x:x + height]
+        region[:] = region * (1 - alpha) + colour * alpha
+    cued = rng.integers(4)
+    sides = image[:bar], image[-bar:], image[:, :bar], image[:, -bar:]
+    sides[rng.integers(4)][:] = colours[cued]
+    image = image + rng.normal(0, 6, image.shape)
+    return image.clip(0, 255).round().astype(np.uint8), int(labels[chosen[cued]])
+
+
+def main() -> None:
+    args = parse_args()
+    # After parsing: it takes seconds, which --help need not wait for.
+    from mmlavit.analysis.digits import split_digits
+    settings = {k: v for k, v in vars(args).items() if k != 'out'}
+    stamp = args.out / 'dataset.json'
+    if stamp.is_file() and json.loads(stamp.read_text()) == settings:
+        print(f'{args.out} is already there.')
+        return
+    if args.out.exists() and any(args.out.iterdir()):
+        sys.exit(f'{args.out} holds something else: name another folder.')
+    rng = np.random.default_rng(args.seed)
+    scans = split_digits(rng)
+    for split in ('train', 'val'):
+        for label in range(10):
+            (args.out / split / str(label)).mkdir(parents=True)
+        for i in tqdm(range(getattr(args, split)), desc=f'{split} images',
+                      unit='image', disable=None):
+            image, label = compose(rng, *scans[split], args.size)
+            cv2.imwrite(str(args.out / split / str(label) / f'{i:05d}.png'), image)
+    stamp.write_text(json.dumps(settings))
+    print(f'Wrote {args.out}: {args.train} + {args.val} images.')
+
+
+if __name__ == '__main__':
+    main()

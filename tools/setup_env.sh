@@ -211,7 +211,7 @@ make_env() {  # $1: what the stamp is to say
         step '3/5 and 4/5 are skipped: mmcv-lite has no ops to compile'
     else
         ops=$(choose_ops)
-        step "3/5 $MMCV with $ops ops (about 5 minutes on 2 cores; seconds if pip has the wheel in its cache)"
+        step "3/5 $MMCV with $ops ops (about 7 minutes on 2 cores; seconds if pip has the wheel in its cache)"
         install_mmcv "$ops"
 
         step '4/5 checking that mmcv.ops runs'

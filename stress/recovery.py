@@ -10,8 +10,8 @@ deepest layers and fine-tunes. Run it again to go on where it was cut off.
 Writes OUT/table.md, OUT/curve.png and OUT/results.json: top-1 at once, after 1 epoch and
 at the end, with Theta and Psi at the identity and fitted to the dropped layers'
 attention. The stock network is fine-tuned as long. A control has uniform maps in the same
-layers, at once. Speeds over the stock network's, of inference and of training steps,
-are measured at the end: keep the machine quiet then.
+layers, at once; another has them in all layers. Speeds over the stock network's, of
+inference and of training steps, are measured at the end: keep the machine quiet then.
 """
 import argparse
 import json
@@ -40,6 +40,9 @@ ARCH = dict(
 RATIOS = (4, 2, 1, 1)
 # VA layers by the number of LA layers, deepest first; stages begin with VA.
 VA_LAYERS = {1: (2, 2, 6, 1), 3: (2, 2, 4, 1), 6: (2, 2, 1, 1)}
+# Of the controls, the last of which has uniform maps in all layers.
+ALL_LAYERS = sum(ARCH['depths'])
+CONTROLS = {**VA_LAYERS, ALL_LAYERS: (0, 0, 0, 0)}
 BATCH = 128
 SIZE = 64
 
@@ -179,13 +182,13 @@ def convert(teacher: Classifier, la_layers: int,
 
 
 def with_uniform_maps(teacher: Classifier, la_layers: int) -> Classifier:
-    """The teacher with uniform attention where ``la_layers`` would be: a control."""
+    """The teacher with uniform attention in its ``la_layers`` deepest: a control."""
     model = Classifier(
         LaViT(ARCH, sr_ratios=RATIOS, pretrain_img_size=SIZE),
         teacher.head.out_features)
     model.backbone.load_state_dict(dict(teacher.backbone.state_dict()))
     model.head.load_state_dict(teacher.head.state_dict())
-    for stage, num_va in zip(model.backbone.stages, VA_LAYERS[la_layers]):
+    for stage, num_va in zip(model.backbone.stages, CONTROLS[la_layers]):
         for block in stage.blocks[num_va:]:
             for weight in block.attn.q.parameters():
                 nn.init.zeros_(weight)
@@ -298,7 +301,8 @@ def write_report(results: List[dict], controls: Dict[int, float],
                  color=f'C{list(VA_LAYERS).index(la_layers) + 1 if la_layers else 0}',
                  label=f'{la_layers} LA layers{", fitted" if fitted else ""}'
                  if la_layers else 'stock', **style)
-    table = markdown_table(rows)
+    table = (f'{markdown_table(rows)}\n\nUniform maps in all {ALL_LAYERS} layers, at '
+             f'once: {controls[ALL_LAYERS]:.1f}')
     (out / 'table.md').write_text(table + '\n')
     (out / 'results.json').write_text(json.dumps(results, indent=1))
     plt.xlabel('epochs of fine-tuning')
@@ -348,7 +352,7 @@ def main() -> None:
         fine_tune(teacher, n, fits, seed, args, data, held_out)
         for seed in args.seeds for n, fits in rows
     ]
-    controls = {n: top1(with_uniform_maps(teacher, n), held_out) for n in VA_LAYERS}
+    controls = {n: top1(with_uniform_maps(teacher, n), held_out) for n in CONTROLS}
     ratios = {
         f'speed, {name}': speeds(len(data.classes.unique()), trains, args.rounds)
         for name, trains in (('inference', False), ('training', True))}

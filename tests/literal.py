@@ -29,7 +29,10 @@ def bilinear_matrix(base: int, size: int) -> np.ndarray:
 
 
 def dense_mix(mix: TokenMix, grid: tuple) -> torch.Tensor:
-    """I + U (M - I) D as one (N, N) matrix, M with rows of norm 1."""
+    """I + U (M - I) D as one (N, N) matrix, M with rows of norm 1.
+
+    Of low rank, U and V are resized instead.
+    """
     down, up = (np.kron(*(matrix(*sizes) for sizes in pairs))
                 for matrix, pairs in ((area_matrix,
                                        zip(grid, mix.base_grid)),
@@ -37,10 +40,8 @@ def dense_mix(mix: TokenMix, grid: tuple) -> torch.Tensor:
                                        zip(mix.base_grid, grid))))
     n, base = grid[0] * grid[1], math.prod(mix.base_grid)
     if isinstance(mix, LowRankMix):
-        centred = torch.stack([v - v.sum() / base for v in mix.v.T], dim=1)
-        changes = (mix.u[:, None] * centred[None]).sum(-1)
-    else:
-        changes = torch.stack([row - row.sum() / base for row in mix.weight])
+        return dense_low_rank(mix, torch.tensor(up))
+    changes = torch.stack([row - row.sum() / base for row in mix.weight])
     rows = []
     for i, row in enumerate(changes):
         row = row / math.sqrt(base) + torch.eye(base).double()[i]
@@ -48,6 +49,17 @@ def dense_mix(mix: TokenMix, grid: tuple) -> torch.Tensor:
     learned = torch.stack(rows) - torch.eye(base)
     return torch.eye(n).double() + torch.tensor(up) @ learned @ torch.tensor(
         down)
+
+
+def dense_low_rank(mix: LowRankMix, up: torch.Tensor) -> torch.Tensor:
+    """I + U V^T, row by row scaled to norm 1; ``up`` (N, n) resizes U and V."""
+    n, base = up.shape
+    v = torch.stack([v - v.sum() / n for v in (up @ mix.v).T], dim=1)
+    rows = torch.eye(n).double()
+    for i, u in enumerate(up @ mix.u):
+        row = rows[i] + (u * v).sum(1) * math.sqrt(base) / n
+        rows = rows.index_put((torch.tensor(i), ), row / row.square().sum().sqrt())
+    return rows
 
 
 def with_extra(matrix: torch.Tensor, extra: int) -> torch.Tensor:

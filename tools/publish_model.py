@@ -29,6 +29,11 @@ def parse_args() -> argparse.Namespace:
         help='JSON that tools/test.py wrote; default: what the log beside the '
         'checkpoint has of its validation; e.g. --results '
         'work_dirs/test/20250101_000000/20250101_000000.json')
+    parser.add_argument(
+        '--half', action='store_true',
+        help='store weights in float16, in half the space, if the backbone\'s maps '
+        'change by at most 1e-2 of their largest value; default: as trained; '
+        'e.g. --half')
     args = parser.parse_args()
     for path in (args.checkpoint, args.results):
         if path is not None and not path.is_file():
@@ -43,7 +48,7 @@ def main() -> None:
     from mmlavit.engine.safe_loading import load_from_local
     figures = json.loads(args.results.read_text()) if args.results else None
     try:
-        final = publish(args.checkpoint, args.target, figures)
+        final = publish(args.checkpoint, args.target, figures, args.half)
     except ValueError as error:
         sys.exit(str(error))
     figures = load_from_local(str(final))['meta']['figures']

@@ -2,20 +2,26 @@
 import hashlib
 import io
 from pathlib import Path
-from typing import Optional
+from typing import Dict, Optional
 
 import torch
 from mmengine import fileio
+from mmengine.config import Config
+from torch import Tensor
 
+from ..analysis.building import build_model
 from ..analysis.logs import read_validation
 from ..engine.checkpoint_hook import as_plain_data
 from ..engine.safe_loading import load_from_local
 from ..version import __version__
 
 KEPT = ('cfg', 'dataset_meta', 'epoch', 'iter', 'experiment_name')
+# Of the largest value of a map, by which half precision may change it.
+MAX_CHANGE = 1e-2
 
 
-def publish(source: Path, target: Path, figures: Optional[dict] = None) -> Path:
+def publish(source: Path, target: Path, figures: Optional[dict] = None,
+            half: bool = False) -> Path:
     """Writes weights, config and figures of a checkpoint, and nothing else of it.
 
     Args:
@@ -24,12 +30,15 @@ def publish(source: Path, target: Path, figures: Optional[dict] = None) -> Path:
             before the suffix, as torch.hub checks them.
         figures (dict): The validation's. Default: those that the log beside the
             checkpoint has of it.
+        half (bool): Stores weights in float16, in half the space. PyTorch turns
+            them to float32 on loading. Defaults to False.
 
     Returns:
         Path: The file written; torch's safe loader reads it without mmlavit.
 
     Raises:
-        FileNotFoundError, ValueError: If ``source`` is no such checkpoint.
+        FileNotFoundError, ValueError: If ``source`` is no such checkpoint, or half
+            precision changes the backbone's maps by more than `MAX_CHANGE`.
     """
     checkpoint = load_from_local(str(source), map_location='cpu')
     if 'state_dict' not in checkpoint:
@@ -39,17 +48,59 @@ def publish(source: Path, target: Path, figures: Optional[dict] = None) -> Path:
     if figures is None:
         figures = read_validation(source.parent,
                                   meta.get('epoch') or meta.get('iter'))
+    # Clones: a view would be saved with all that it is a view of.
+    weights = {k: x.clone() for k, x in checkpoint['state_dict'].items()}
+    if half:
+        weights = halve(weights, meta.get('cfg', ''), source)
     kept = {key: as_plain_data(meta[key]) for key in KEPT if key in meta}
     file = io.BytesIO()
     torch.save(
         dict(
             meta=dict(kept, mmlavit_version=__version__,
                       figures=as_plain_data(figures)),
-            # Clones: a view would be saved with all that it is a view of.
-            state_dict={name: value.clone()
-                        for name, value in checkpoint['state_dict'].items()}),
+            state_dict=weights),
         file)
     sha = hashlib.sha256(file.getbuffer()).hexdigest()
     final = target.with_name(f'{target.stem}-{sha[:8]}.pth')
     fileio.put(file.getvalue(), str(final))
     return final
+
+
+def halve(weights: Dict[str, Tensor], config: str, source: Path) -> Dict[str, Tensor]:
+    """Weights in float16; whole numbers stay.
+
+    Args:
+        weights (dict[str, Tensor]): Of the whole model.
+        config (str): The model's, as mmengine writes it into checkpoints.
+        source (Path): What errors name.
+
+    Raises:
+        ValueError: If the backbone's maps of a random image change by more than
+            `MAX_CHANGE` of their largest value.
+    """
+    halved = {k: x.half() if x.is_floating_point() else x for k, x in weights.items()}
+    try:
+        config = Config.fromstring(config, '.py')
+        build_model(config)
+    except Exception as error:  # of other tools, a checkpoint may hold any text
+        raise ValueError(f'{source}: half: the maps cannot be compared, for its config '
+                         f'builds no model: {error}') from None
+    change = largest_change(config, weights, halved)
+    if not change <= MAX_CHANGE:
+        raise ValueError(f'{source}: half: float16 weights change the maps by '
+                         f'{change:.2g} of their largest value, more than {MAX_CHANGE}: '
+                         'publish it without half')
+    return halved
+
+
+@torch.no_grad()
+def largest_change(config: Config, one: Dict[str, Tensor],
+                   other: Dict[str, Tensor], side: int = 224) -> float:
+    """Of the backbone's maps of a random image, relative to their largest value."""
+    model = build_model(config).eval()
+    image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    maps = []
+    for weights in one, other:
+        model.load_state_dict(weights)
+        maps.append(model.backbone(image))
+    return max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(*maps))

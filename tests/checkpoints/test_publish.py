@@ -8,12 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from mmengine.logging import HistoryBuffer
 
 from builders import ARCH, randomise
 from mmlavit import LaViT
-from mmlavit.checkpoints.publish import publish
+from mmlavit.checkpoints.publish import MAX_CHANGE, publish
 from mmlavit.engine.safe_loading import load_from_local
 
 
@@ -88,6 +89,38 @@ def test_results_of_a_test_take_precedence(trained, tmp_path):
     final = publish(trained, tmp_path / 'x.pth', {'AP': .5})
     meta = torch.load(final, weights_only=True)['meta']
     assert meta['figures'] == {'AP': .5}
+
+
+def test_half_precision_is_half_the_size_and_nearly_the_same(tmp_path):
+    config = Config(dict(default_scope='mmpretrain', model=dict(
+        type='ImageClassifier', backbone=dict(type='LaViT', arch=ARCH))))
+    model = LaViT(arch=ARCH)
+    source = tmp_path / 'epoch_1.pth'
+
+    def save() -> dict:
+        weights = {f'backbone.{k}': v for k, v in model.state_dict().items()}
+        torch.save(dict(meta=dict(cfg=config.pretty_text), state_dict=weights), source)
+
+    save()
+    whole, half = (publish(source, tmp_path / 'x.pth', {}, half) for half in (False, True))
+    assert .45 < half.stat().st_size / whole.stat().st_size < .7
+    loaded = LaViT(arch=ARCH, init_cfg=dict(
+        type='Pretrained', checkpoint=str(half), prefix='backbone.'))
+    loaded.init_weights()
+    assert {x.dtype for x in loaded.parameters()} == {torch.float32}
+    x = torch.randn(1, 3, 64, 96)
+    for ours, theirs in zip(loaded.eval()(x), model.eval()(x)):
+        change = (ours - theirs).abs().max() / theirs.abs().max()
+        assert 0 < change < MAX_CHANGE
+    next(model.parameters()).data[0] *= 1e9  # infinite in float16
+    save()
+    with pytest.raises(ValueError, match='half: float16 weights change the maps by nan'):
+        publish(source, tmp_path / 'y.pth', {}, half=True)
+
+
+def test_half_precision_asks_for_a_config_that_builds_the_model(trained, tmp_path):
+    with pytest.raises(ValueError, match='half: the maps cannot be compared'):
+        publish(trained, tmp_path / 'y.pth', half=True)
 
 
 def test_files_that_cannot_be_published_are_named(tmp_path):

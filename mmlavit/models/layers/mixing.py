@@ -95,6 +95,9 @@ class LowRankMix(TokenMix):
     applied as two thin products, and M is never built: the norms are those of
     ``1 + 2 u.v + u (V^T V) u^T``, for the rows u, v of U and V / sqrt(n).
 
+    On another grid U and V are resized bilinearly, where `TokenMix` resizes tokens; V is
+    scaled so that a product with it stays a mean.
+
     U starts at zero, so that M starts as the identity, and V at random, so that U has
     a gradient from the first step on.
 
@@ -115,24 +118,33 @@ class LowRankMix(TokenMix):
         """M becomes the identity."""
         nn.init.zeros_(self.u)
 
-    def _factors(self) -> Tuple[Tensor, Tensor, Tensor]:
-        """U (n, rank), V / sqrt(n) with centred columns, norms of the rows (n, 1)."""
-        u, n = self.u, len(self.u)
-        v = (self.v - self.v.mean(dim=0)) * n**-0.5
+    def _resized(self, factor: Tensor, grid: Grid) -> Tensor:
+        """(n, rank) -> (N, rank) on another grid."""
+        maps = factor.T.unflatten(1, self.base_grid).unsqueeze(0)
+        return F.interpolate(
+            maps, grid, mode='bilinear', align_corners=False).flatten(2)[0].T
+
+    def _factors(self, grid: Grid) -> Tuple[Tensor, Tensor, Tensor]:
+        """U (N, rank), V scaled (N, rank), and the norms of the rows (N, 1)."""
+        u, v = self.u, self.v
+        if is_exporting() or tuple(grid) != self.base_grid:
+            u, v = self._resized(u, grid), self._resized(v, grid)
+        v = (v - v.mean(dim=0)) * (len(self.v)**.5 / (grid[0] * grid[1]))
         with torch.autocast(u.device.type, enabled=False):
             square = 1 + 2 * (u * v).sum(1) + (u @ (v.T @ v) * u).sum(1)
         # A row sums to 1, so its norm is no less; rounding may say otherwise.
-        return u, v, square.clamp_min(1 / n).sqrt().unsqueeze(1)
+        least = 1 / (grid[0] * grid[1])
+        return u, v, square.clamp_min(least).sqrt().unsqueeze(1)
 
     def matrix(self) -> Tensor:
         """M, (n, n)."""
-        u, v, norms = self._factors()
+        u, v, norms = self._factors(self.base_grid)
         identity = torch.eye(len(u), dtype=u.dtype, device=u.device)
         return (identity + u @ v.T) / norms
 
-    def _on_base(self, x: Tensor, extra: int = 0) -> Tensor:
-        """M x; x (B, extra + n, C), whose first ``extra`` tokens stay."""
-        u, v, norms = self._factors()
+    def forward(self, x: Tensor, grid: Grid, extra: int = 0) -> Tensor:
+        """(B, extra + N, C) -> the same; the last N tokens lie on ``grid``."""
+        u, v, norms = self._factors(grid)
         if extra:
             u, v = (F.pad(factor, (0, 0, extra, 0)) for factor in (u, v))
             norms = F.pad(norms, (0, 0, extra, 0), value=1.)

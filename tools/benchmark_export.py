@@ -3,9 +3,9 @@
     python tools/benchmark_export.py                          # LaViT-S and its peers
     python tools/benchmark_export.py LaViT-S --runtimes eager openvino --size 640 640
 
-Exports each model, for any size where torch can (LaViT), else for the one that is
-measured. Then all models take turns in all runtimes, round by round, so that a change of
-the machine's speed meets all of them. Prints a Markdown table: median milliseconds of a
+Exports LaViT for any size, and other models for the size that is measured. Then all
+models take turns in all runtimes, round by round, so that a change of the machine's speed
+meets all of them. Prints a Markdown table: median milliseconds of a
 batch and, in brackets, the speed over eager PyTorch with the same numbers (int8: over
 float32). MODEL is as for tools/benchmark.py: one of its names, a config, or a class.
 """

@@ -50,20 +50,25 @@ def stock_pvt(arch: dict, std: float = 0.1) -> nn.Module:
 
 
 def authors_names(pvt: dict) -> dict:
-    """mmdet's PVTv2 weights by the names of the authors' release."""
+    """mmdet's PVT or PVTv2 weights by the names of the authors' release."""
     parts = {'0.projection': 'patch_embed{}.proj', '0.norm': 'patch_embed{}.norm',
              '2': 'norm{}'}
     layer_parts = {'attn.attn.out_proj': 'attn.proj', 'ffn.layers.0': 'mlp.fc1',
-                   'ffn.layers.1': 'mlp.dwconv.dwconv', 'ffn.layers.4': 'mlp.fc2'}
+                   'ffn.layers.1': 'mlp.dwconv.dwconv', 'ffn.layers.4': 'mlp.fc2',
+                   'ffn.layers.3': 'mlp.fc2'}  # of PVT
+    first = int(any('pos_embed' in name for name in pvt))  # before are PVT's positions
     out = {}
     for name, x in pvt.items():
         _, stage, rest = name.split('.', 2)
         stage, (rest, kind) = int(stage) + 1, rest.rsplit('.', 1)
+        if kind == 'pos_embed':
+            out[f'pos_embed{stage}'] = x
+            continue
         if rest in parts:
             out[f'{parts[rest].format(stage)}.{kind}'] = x
             continue
         _, layer, rest = rest.split('.', 2)
-        layer = f'block{stage}.{layer}'
+        layer = f'block{stage}.{int(layer) - first}'
         if rest == 'attn.attn' and 'in_proj' in kind:
             kind = kind[len('in_proj_'):]
             q, k, v = x.chunk(3)

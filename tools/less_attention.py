@@ -9,7 +9,8 @@ it, gives its layers less attention (those whose attention maps are most like th
 the layers before, deepest first, or those of --layers), tests again, trains a few epochs
 and tests once more. It writes to the folder of --out:
 
-    config.py            the converted model's config, which loads CHECKPOINT
+    config.py            the converted model's config, which loads CHECKPOINT; it has no
+                         DP loss
     tuned/epoch_N.pth    the weights after fine-tuning
     table.csv            accuracy, parameters and time before and after
 
@@ -56,6 +57,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--control', action='store_true',
                         help='also fine-tune the stock model as long, to compare with; '
                         'default: not; e.g. --control')
+    parser.add_argument('--seed', type=int, metavar='N',
+                        help='of the random numbers of all runs, so that they can be '
+                        "repeated; default: the config's, if it has one; e.g. --seed 0")
     args = parser.parse_args()
     if not args.config.is_file():
         parser.error(f'{args.config}: no such config')
@@ -63,6 +67,8 @@ def parse_args() -> argparse.Namespace:
         parser.error(f'--rounds {args.rounds}: at least 2, or 0 for none')
     if args.epochs < 0:
         parser.error(f'--epochs {args.epochs}: at least 0')
+    if args.control and not args.epochs:
+        parser.error('--control takes --epochs of at least 1')
     return args
 
 
@@ -75,7 +81,7 @@ def main() -> None:
     from mmlavit.analysis.conversion import Conversion, convert_and_tune
     from mmlavit.analysis.report import markdown_table, write_csv
     how = Conversion(args.layers, args.num_layers, args.min_similarity, args.mixing,
-                     args.epochs, args.lr, args.rounds, args.control)
+                     args.epochs, args.lr, args.rounds, args.control, args.seed)
     try:
         rows = convert_and_tune(Config.fromfile(args.config), args.checkpoint, args.out,
                                 how)

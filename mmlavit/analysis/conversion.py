@@ -11,15 +11,11 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from ..plugins.add import module_of
+from ..plugins.add import REGISTERED, module_of_itself
 from ..plugins.choose import choose, layer_similarities
 from ..utils.checks import require
 from .report import number
 from .timing import Spread, time_in_turn
-
-# The registered class for each module in mmlavit.models.backbones.
-REGISTERED = dict(la_vit='LessAttentionViT', la_pvt='LessAttentionPVT',
-                  la_swin='LessAttentionSwin', la_swin_cls='LessAttentionSwinClassifier')
 
 
 class Conversion(NamedTuple):
@@ -34,6 +30,7 @@ class Conversion(NamedTuple):
         lr (float): Learning rate at the begin of fine-tuning; it falls to 0.
         rounds (int): In which both are timed; 0: they are not.
         control (bool): Fine-tunes the stock model as long, too.
+        seed (int, optional): Of all runs; None: as the config says.
     """
     layers: Optional[Sequence[int]]
     num_layers: Optional[int]
@@ -43,11 +40,15 @@ class Conversion(NamedTuple):
     lr: float
     rounds: int
     control: bool = False
+    seed: Optional[int] = None
 
 
 def convert_and_tune(config: Config, checkpoint: str, out: Path,
                      how: Conversion) -> List[dict]:
     """Accuracy before, after conversion and after fine-tuning, as rows of a table.
+
+    The converted model is built first, so that layers that cannot inherit are refused
+    before anything is tested or trained.
 
     Args:
         config (Config): Of the trained model, with epochs as its measure of training.
@@ -56,37 +57,48 @@ def convert_and_tune(config: Config, checkpoint: str, out: Path,
         how (Conversion): What is done.
 
     Raises:
-        ValueError: If the config's backbone cannot be given less attention, or its
-            training is measured in iterations.
+        ValueError: If the config's backbone cannot be given less attention in these
+            layers, or it is to be trained on and the config has no training of epochs.
     """
-    require('max_epochs' in config.train_cfg, 'train_cfg', dict(config.train_cfg),
-            'a training of max_epochs')
+    train_cfg = config.get('train_cfg')
+    require(not how.epochs or 'max_epochs' in (train_cfg or {}), 'train_cfg', train_cfg,
+            'a config with a training of max_epochs, or epochs=0')
     config = copy.deepcopy(config)
     config.load_from = checkpoint
+    if how.seed is not None:
+        config.randomness = dict(config.get('randomness', {}), seed=how.seed)
     stock = make_runner(config, out / 'stock')
+    layers = choose_layers(stock, how) if how.layers is None else how.layers
+    less = with_less_attention(config, layers, how.mixing)
+    converted = make_runner(less, out / 'converted')
+    less.dump(out / 'config.py')
     rows = [row('trained', stock, stock.test())]
     if how.control and how.epochs:
         control = make_runner(for_tuning(config, how), out / 'control')
         control.train()
         rows.append(row(f'trained on, {how.epochs} epochs', control, control.test()))
     stock_rows = len(rows)
-    layers = how.layers
-    if layers is None:
-        found = layer_similarities(stock.model.backbone, some_images(stock))
-        layers = choose(found, how.num_layers, how.min_similarity)
-        print('chosen:', *(f'{i} ({found[i]:.3f} alike)' for i in layers))
-    config = with_less_attention(config, layers, how.mixing)
-    out.mkdir(parents=True, exist_ok=True)
-    config.dump(out / 'config.py')
-    converted = make_runner(config, out / 'converted')
     rows.append(row('converted', converted, converted.test()))
     if how.epochs:
-        tuned = make_runner(for_tuning(config, how), out / 'tuned')
+        tuned = make_runner(for_tuning(less, how), out / 'tuned')
         tuned.train()
         rows.append(row(f'fine-tuned, {how.epochs} epochs', tuned, tuned.test()))
     if how.rounds:
         add_times(rows, stock_rows, stock, converted, how.rounds)
     return rows
+
+
+def choose_layers(stock: Runner, how: Conversion) -> List[int]:
+    """The layers of a trained model that are most like those before; prints them.
+
+    Raises:
+        ValueError: If none is similar enough.
+    """
+    stock.load_or_resume()
+    found = layer_similarities(stock.model.backbone, some_images(stock))
+    layers = choose(found, how.num_layers, how.min_similarity)
+    print('chosen:', *(f'{i} ({found[i]:.3f} alike)' for i in layers))
+    return layers
 
 
 def with_less_attention(config: Config, layers: Sequence[int], mixing: str) -> Config:
@@ -98,18 +110,32 @@ def with_less_attention(config: Config, layers: Sequence[int], mixing: str) -> C
     init_default_scope(config.default_scope)
     with MODELS.switch_scope_and_registry(None) as registry:  # the default scope's
         stock = registry.get(config.model.backbone.type)
-    module = stock and module_of(stock)
-    require(module in REGISTERED, 'model.backbone.type', config.model.backbone.type,
-            "a ViT or Swin of mmpretrain, or a PVT or Swin of mmdet")
+    module = stock and module_of_registered(stock)
+    require(module is not None, 'model.backbone.type', config.model.backbone.type,
+            'VisionTransformer or SwinTransformer of mmpretrain, or '
+            'PyramidVisionTransformer or SwinTransformer of mmdet, and not a class that '
+            "inherits from them; PVTv2 is served by LaViT's presets pvtv2_b0 to pvtv2_b5")
     config = copy.deepcopy(config)
     module_path = f'mmlavit.models.backbones.{module}'
     imports = config.get('custom_imports', dict(imports=[]))['imports']
     config.custom_imports = dict(
         imports=[*imports, module_path], allow_failed_imports=False)
     importlib.import_module(module_path)
-    config.model.backbone.update(
-        type=REGISTERED[module], la_layers=list(layers), mixing=mixing)
+    backbone = config.model.backbone
+    for name in ('first_la_layer', 'num_va_layers'):  # where it is such a class already
+        backbone.pop(name, None)
+    backbone.update(type=REGISTERED[module], la_layers=list(layers), mixing=mixing)
     return config
+
+
+def module_of_registered(cls: type) -> Optional[str]:
+    """The module in ``mmlavit.models.backbones`` with a class's registered counterpart.
+
+    Classes that inherit from a stock class have none: they would become another network.
+    """
+    own = cls.__module__.rpartition('.')[2]
+    module = own if REGISTERED.get(own) == cls.__name__ else module_of_itself(cls)
+    return module if module in REGISTERED else None
 
 
 def for_tuning(config: Config, how: Conversion) -> Config:

@@ -12,6 +12,7 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 from ..models.backbones.arch import ARCHS
+from ..plugins.add import REGISTERED
 from .building import build_model
 
 
@@ -71,8 +72,7 @@ LESS_ATTENTION: Dict[str, dict] = {
     'LaViT-S-low-rank': lavit('small', mixing='low_rank'),
 }
 # What registers them; LaViT is registered with the package.
-MODULES = dict(LessAttentionViT='la_vit', LessAttentionPVT='la_pvt',
-               LessAttentionSwin='la_swin')
+MODULES = {name: module for module, name in REGISTERED.items()}
 
 # Strong networks of about LaViT-S's accuracy, as timm implements them.
 TIMM_PEERS: Dict[str, dict] = {

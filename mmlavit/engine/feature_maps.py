@@ -1,10 +1,12 @@
 """Whether a model reads the maps of its backbone.
 
-Without it a map that does not fit is a bare ``AssertionError`` of the neck, and one
-that nobody reads, so that parameters get no gradient, is noticed by DDP alone, at the
-second step and by the numbers of parameters. Each `mmengine.model.BaseModel` with a LaViT inside is looked at: when it
-is built and at its first forward whether the maps fit, and at its first training
-forward whether the losses depend on all of them.
+Without it a map that does not fit is a bare ``AssertionError`` of the neck. One that
+nobody reads, so that parameters get no gradient, is noticed by DDP alone, at the second
+step and by the numbers of parameters.
+
+Each `mmengine.model.BaseModel` is looked at that has a LaViT inside, or a PVT or Swin
+with less attention. Whether the maps fit is asked when it is built and at its first
+forward; whether the losses depend on all of them, at its first training forward.
 """
 import logging
 from typing import List, Optional, Sequence
@@ -15,17 +17,18 @@ from mmengine.model import BaseModel
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..models.backbones.lavit import LaViT
+from ..models.backbones.maps import MapBackbone
 from ..models.layers.tracing import is_compiling
 
 POOLINGS = 'GlobalAveragePooling', 'GeneralizedMeanPooling'  # mmpretrain's necks
 
 
-def channels_of(backbone: LaViT) -> List[int]:
-    return [backbone.arch['embed_dims'][i] for i in backbone.out_indices]
+def channels_of(backbone: MapBackbone) -> List[int]:
+    channels = backbone.stage_channels()
+    return [channels[i] for i in backbone.out_indices]
 
 
-def check_neck(backbone: LaViT, name: str, neck: nn.Module) -> None:
+def check_neck(backbone: MapBackbone, name: str, neck: nn.Module) -> None:
     """Refuses a neck that is for other maps; some necks take the last one first."""
     first = neck[0] if isinstance(neck, nn.Sequential) and len(neck) else neck
     wanted = getattr(first, 'in_channels', None)
@@ -34,7 +37,7 @@ def check_neck(backbone: LaViT, name: str, neck: nn.Module) -> None:
         refuse(backbone, f'model.{name}.in_channels={list(wanted)}', wanted)
 
 
-def check_decode_head(backbone: LaViT, name: str, head: nn.Module) -> None:
+def check_decode_head(backbone: MapBackbone, name: str, head: nn.Module) -> None:
     """Refuses a head of mmseg's that is for other maps than ``in_index`` selects."""
     wanted, index = (getattr(head, key, None) for key in ('in_channels', 'in_index'))
     if wanted is None or index is None:
@@ -50,15 +53,15 @@ def check_decode_head(backbone: LaViT, name: str, head: nn.Module) -> None:
         refuse(backbone, f'model.{name}.in_channels={wanted} with in_index={index}')
 
 
-def check_classifier_head(backbone: LaViT, name: str, head: nn.Module) -> None:
+def check_classifier_head(backbone: MapBackbone, name: str, head: nn.Module) -> None:
     """Refuses a head of mmpretrain's, which reads the last map, for another one."""
     wanted = getattr(head, 'in_channels', None)
     if isinstance(wanted, int) and wanted != channels_of(backbone)[-1]:
         refuse(backbone, f'model.{name}.in_channels={wanted}, of the last map', [wanted])
 
 
-def refuse(backbone: LaViT, reader: str, wanted: Sequence[int] = ()) -> None:
-    dims, channels = list(backbone.arch['embed_dims']), channels_of(backbone)
+def refuse(backbone: MapBackbone, reader: str, wanted: Sequence[int] = ()) -> None:
+    dims, channels = list(backbone.stage_channels()), channels_of(backbone)
     other = ''
     if wanted and set(wanted) <= set(dims) and len(set(dims)) == len(dims):
         other = f', or out_indices={tuple(sorted(dims.index(dim) for dim in wanted))}'
@@ -74,7 +77,7 @@ def check_reader(model: nn.Module, name: str, reader: Optional[nn.Module]) -> No
         ValueError: Naming ``out_indices``, channels, and what would be right.
     """
     backbone, neck = (model._modules.get(key) for key in ('backbone', 'neck'))
-    if not isinstance(backbone, LaViT) or reader is None:
+    if not isinstance(backbone, MapBackbone) or reader is None:
         return
     if name == 'neck':
         check_neck(backbone, name, reader)
@@ -103,7 +106,7 @@ class MapWatch:
                  and not is_compiling())
         self.nodes = [] if looks else None
 
-    def keep(self, backbone: LaViT, inputs: tuple, maps: tuple) -> None:
+    def keep(self, backbone: MapBackbone, inputs: tuple, maps: tuple) -> None:
         """Forward hook of the backbone: the maps' nodes in autograd's graph."""
         if self.nodes is not None:
             self.nodes += [(backbone, i, x.grad_fn)
@@ -120,7 +123,7 @@ class MapWatch:
             read = {i for i, node in own if node in found}
             # Frozen ones are in no graph.
             unread = sorted({i for i, node in own if node is not None} - read)
-            if read and backbone.arch['trunk_norm']:
+            if read and not backbone.maps_have_norms():
                 # The stages behind it read what an unread map is of.
                 unread = [i for i in unread if i > max(read)]
             if read and unread:
@@ -143,7 +146,7 @@ def reached(losses: dict, ends: set) -> set:
     return seen & ends - {None}
 
 
-def warn(backbone: LaViT, unread: Sequence[int]) -> None:
+def warn(backbone: MapBackbone, unread: Sequence[int]) -> None:
     rest = tuple(i for i in backbone.out_indices if i not in unread)
     print_log(
         f'LaViT: out_indices={backbone.out_indices}: no loss depends on the maps of '
@@ -156,11 +159,11 @@ def warn(backbone: LaViT, unread: Sequence[int]) -> None:
 
 
 def attach(parent: nn.Module, name: str, child: Optional[nn.Module]) -> None:
-    """Registration hook: looks at a model with a LaViT inside."""
+    """Registration hook: looks at a model with such a backbone inside."""
     if not isinstance(parent, BaseModel) or child is None:
         return
     check_reader(parent, name, child)
-    backbones = [module for module in child.modules() if isinstance(module, LaViT)]
+    backbones = [module for module in child.modules() if isinstance(module, MapBackbone)]
     if not backbones:
         return
     watch = MapWatch()
@@ -171,5 +174,5 @@ def attach(parent: nn.Module, name: str, child: Optional[nn.Module]) -> None:
 
 
 def install() -> None:
-    """Every module registered from now on is looked into for a LaViT."""
+    """Every module registered from now on is looked into for such a backbone."""
     register_module_module_registration_hook(attach)

@@ -18,6 +18,9 @@ FAMILIES = {
     'mmdet.models.backbones.swin.SwinTransformer': 'la_swin',
     'mmpretrain.models.backbones.swin_transformer.SwinTransformer': 'la_swin_cls',
 }
+# The class that each of them registers; timm's has none.
+REGISTERED = dict(la_vit='LessAttentionViT', la_pvt='LessAttentionPVT',
+                  la_swin='LessAttentionSwin', la_swin_cls='LessAttentionSwinClassifier')
 
 
 def add_less_attention(model: nn.Module,
@@ -46,7 +49,7 @@ def add_less_attention(model: nn.Module,
         mixing (str): 'full' or 'low_rank'; see `LaViT`. Defaults to 'full'.
         mixing_rank (int): Rank of 'low_rank'. Defaults to 16.
         max_base_grid (int): Longest side of the grid on which Theta and Psi are
-            learned, in tokens. Defaults to 14.
+            learned, in tokens. In Swin it is always the window. Defaults to 14.
         dp_loss (dict, optional): Arguments of the diagonality-preserving loss,
             ``dict()`` for its defaults. Add ``plan.dp_loss.take()`` to the training
             loss. Defaults to None: off.
@@ -116,7 +119,11 @@ def family_of(stock: type) -> Optional[Family]:
 
 
 def module_of(stock: type) -> Optional[str]:
-    """The module in ``mmlavit.models.backbones`` that knows a class."""
-    names = (FAMILIES.get(f'{base.__module__}.{base.__qualname__}')
-             for base in stock.__mro__)
+    """The module in ``mmlavit.models.backbones`` that knows a class, or its base."""
+    names = (module_of_itself(base) for base in stock.__mro__)
     return next((name for name in names if name is not None), None)
+
+
+def module_of_itself(stock: type) -> Optional[str]:
+    """The same, but not of the classes that it inherits from."""
+    return FAMILIES.get(f'{stock.__module__}.{stock.__qualname__}')

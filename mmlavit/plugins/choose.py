@@ -46,6 +46,8 @@ def choose(similarities: Dict[int, float], num_layers: Optional[int],
     require_number('min_similarity', min_similarity, 0)
     if num_layers is not None:
         num_layers = require_int('num_layers', num_layers, 1)
+    require(bool(similarities), 'layers', 'auto',
+            'a model with a layer that can inherit from another of its stage')
     alike = [i for i, value in similarities.items() if value >= min_similarity]
     require(bool(alike), 'min_similarity', min_similarity,
             f'at most {max(similarities.values()):.3f}, the largest similarity of a '

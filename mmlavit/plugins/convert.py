@@ -5,7 +5,6 @@ from typing import Dict, Hashable, List, NamedTuple, Optional, Sequence, Set
 from mmengine.logging import MMLogger
 from torch import nn
 
-from ..models.layers.grid import Grid
 from ..models.layers.mixing import DEFAULT_RANK, MIXINGS
 from ..models.losses.dp_loss import build_dp_loss, select_layers
 from ..utils.checks import (require, require_bool, require_choice, require_int,
@@ -70,8 +69,8 @@ def convert(model: nn.Module, family: Family, layers: Sequence[int], *,
         family (Family): What is to be known of that class.
         layers (Sequence[int]): Indices of layers, from 0 through all stages. None: the
             model computes what it did, and can be observed.
-        residual_layers (Sequence[int]): Layers with vanilla attention that add the
-            scores of the stage before to their own.
+        residual_layers (Sequence[int]): Layers that add the scores of the stage before
+            to their own, where they have vanilla attention.
         mixing, mixing_rank, max_base_grid, dp_loss, with_cp: As for
             `add_less_attention`.
 
@@ -84,6 +83,7 @@ def convert(model: nn.Module, family: Family, layers: Sequence[int], *,
     if isinstance(layers, range):
         layers = list(layers)
     layers = sorted(set(require_ints('layers', layers, 0, len(spots) - 1)))
+    residual_layers = [i for i in residual_layers if i not in layers]
     sources = find_sources(family, spots, layers, residual_layers,
                            [names[id(spot.layer)] for spot in spots])
     options = dict(
@@ -111,7 +111,7 @@ def convert(model: nn.Module, family: Family, layers: Sequence[int], *,
             kind='LA' if i in layers else 'VA',
             source=sources[i],
             gives=i in givers,
-            first=i == 0,
+            index=i,
             last=i == len(spots) - 1,
             recomputes=with_cp or getattr(spot.layer, 'with_cp', False),
             dp_loss=dp_layers[i],
@@ -123,8 +123,8 @@ def convert(model: nn.Module, family: Family, layers: Sequence[int], *,
         if role.kind == 'LA':
             module = family.less_attention(
                 spot, role.exchange, before,
-                q_base_grid=capped(spot.q_grid, max_base_grid),
-                k_base_grid=capped(spot.k_grid, max_base_grid), **options)
+                q_base_grid=family.base_grid(spot.q_grid, max_base_grid),
+                k_base_grid=family.base_grid(spot.k_grid, max_base_grid), **options)
             replaced[f'{names[id(spot.holder)]}.{spot.projection}'] = module
             replace(undo, spot, module)
         else:
@@ -172,11 +172,6 @@ def find_givers(spots: Sequence[Spot], sources: Sequence[Optional[Hashable]]) ->
             givers.add(latest[source])
         latest[spot.lane] = i
     return givers
-
-
-def capped(grid: Grid, most: int) -> Grid:
-    """Neither side longer than ``most``."""
-    return tuple(min(side, most) for side in grid)
 
 
 def replace(undo: ExitStack, spot: Spot, module: nn.Module) -> None:

@@ -75,6 +75,15 @@ class Family:
     def keep_maps(self, undo: ExitStack, spot: Spot, exchange: Exchange) -> None:
         """Keeps the maps of an attention that builds them anyway."""
 
+    def base_grid(self, grid: Grid, most: int) -> Grid:
+        """Where Theta or Psi is learned: neither side longer than ``most``.
+
+        Args:
+            grid (tuple[int, int]): That of the pre-training size.
+            most (int): ``max_base_grid``.
+        """
+        return tuple(min(side, most) for side in grid)
+
 
 def require_stock(part: nn.Module, stock: type, name: str) -> None:
     """Raises ValueError unless a part of a model is of the stock's own class."""

@@ -1,6 +1,7 @@
 """How scores pass between layers whose forward hands on tokens only."""
 from typing import Callable, Dict, Hashable, List, NamedTuple, Optional
 
+import torch
 from torch import Tensor, nn
 
 from ..models.layers.grid import Grid, Grids
@@ -40,12 +41,12 @@ def unpack(parts: Optional[tuple]) -> Optional[LayerScores]:
 class Handover:
     """What the layers of one model hand on during a forward of it.
 
-    All layers share it. The first layer empties it, each writes its scores, a layer
-    with less attention reads those of its source, and the last layer empties it again.
-    Layers read and write **outside** of what a backward pass computes again: there,
-    scores are arguments and results, so that a recomputed layer sees what it saw.
-    Where somebody else recomputes single layers, nothing is there to read, and `read`
-    raises an error instead of giving the scores of another forward.
+    All layers share it. Each writes its scores, a layer with less attention reads those
+    of its source, and the last layer empties it. Layers read and write **outside** of
+    what a backward pass computes again: there, scores are arguments and results, so that
+    a recomputed layer sees what it saw. A layer that is not the next one, as where
+    somebody else recomputes single layers, finds it empty, and `read` raises an error
+    instead of giving the scores of another layer.
 
     Args:
         find_grid (Callable, optional): From the patch embedding and its output to the
@@ -60,8 +61,17 @@ class Handover:
 
     def clear(self) -> None:
         """Forgets the scores and losses of a forward."""
+        self._next: Optional[int] = None  # index of the layer whose turn it is
+        self._whole = False  # whether the layers began with the first
         self._handed: Dict[Hashable, tuple] = {}
         self.dp_losses: Dict[int, List[Tensor]] = {}
+
+    def begin(self, index: int) -> None:
+        """A layer begins; forgets all if it does not follow the one before."""
+        if index != self._next:
+            self.clear()
+            self._whole = index == 0
+        self._next = index + 1
 
     def keep_grid(self, patch_embed: nn.Module, args: tuple, output) -> None:
         """Forward hook of the patch embedding."""
@@ -71,31 +81,35 @@ class Handover:
         """What the layer ``source`` handed on to the layer of this name.
 
         Raises:
-            RuntimeError: If it has handed on nothing in this forward.
+            RuntimeError: If it has handed on nothing in this forward, or scores whose
+                gradients are lost.
         """
-        if source not in self._handed:
+        scores, grids, with_grad = self._handed.get(source, (None, None, False))
+        # Where activations are to be recomputed, PyTorch's reentrant checkpoint turns
+        # gradients off: those of the scores would be missing without a word.
+        if grids is None or (torch.is_grad_enabled() and not with_grad):
             raise RuntimeError(
-                f'LaViT: {name} has less attention, and the scores of the layer '
-                'before did not reach it. If its activations are recomputed by '
-                'something around the layer (set_grad_checkpointing, '
+                f'LaViT: {name} takes the scores of the layer before, and they did not '
+                'reach it with their gradients. If activations are recomputed by '
+                'something around single layers (set_grad_checkpointing, '
                 'activation_checkpointing), use with_cp=True of mmlavit instead; if '
-                'layers are called one by one, begin with the first')
-        scores, grids = self._handed[source]
+                'layers are called one by one, begin with the first, and not within '
+                'torch.no_grad()')
         return Handed(unpack(scores), Grids(*grids))
 
     def write(self, lane: Hashable, scores: Optional[LayerScores],
               grids: Grids) -> None:
         """A layer hands on its scores."""
-        self._handed[lane] = pack(scores), tuple(grids)
+        self._handed[lane] = pack(scores), tuple(grids), torch.is_grad_enabled()
 
     def hold_dp_losses(self) -> None:
-        """Gives the losses of a forward, if there are any, to the DP loss."""
-        if self.dp_losses:
+        """Gives the losses of a whole forward, if there are any, to the DP loss."""
+        if self.dp_losses and self._whole:
             self.dp_loss.hold(list(self.dp_losses.values()))
 
     def __getstate__(self) -> dict:
         # Scores have graphs, which can be neither copied nor pickled.
-        return {**self.__dict__, '_handed': {}, 'dp_losses': {}}
+        return {**self.__dict__, '_next': None, '_handed': {}, 'dp_losses': {}}
 
 
 class Exchange:
@@ -134,7 +148,7 @@ class Exchange:
         return Grids(*self._grids)
 
     def keep(self, inherited: Optional[LayerScores], scores: LayerScores) -> None:
-        """The attention has computed its scores, from those inherited if there are any."""
+        """The attention computed its scores, from those inherited if there are any."""
         self._inherited, self._scores = pack(inherited), pack(scores)
 
     def keep_map(self, softmax: nn.Module, args: tuple, output: Tensor) -> None:

@@ -24,8 +24,8 @@ class Role:
             from each other have the same.
         kind (str): 'VA' or 'LA'.
         source (Hashable, optional): The lane whose scores it takes.
-        gives (bool): Whether a layer with less attention takes its scores.
-        first (bool): Whether it is the model's first layer.
+        gives (bool): Whether another layer takes its scores.
+        index (int): Its place in the model, from 0.
         last (bool): Whether it is the model's last layer.
         recomputes (bool): Whether its activations are computed again in the backward
             pass, as ``with_cp`` says.
@@ -41,7 +41,7 @@ class Role:
     kind: str
     source: Optional[Hashable]
     gives: bool
-    first: bool
+    index: int
     last: bool
     recomputes: bool
     dp_loss: bool
@@ -85,8 +85,7 @@ class ScoredLayer(Observable):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """(B, N, C) -> (B, N, C), as the stock layer."""
         role, handover = self.role, self.role.handover
-        if role.first:
-            handover.clear()
+        handover.begin(role.index)
         given = None
         if role.source is not None:
             given = handover.read(role.source, role.name)
@@ -96,7 +95,8 @@ class ScoredLayer(Observable):
             x, done = checkpoint(self._run, *inputs, use_reentrant=False, **kwargs)
         else:
             x, done = self._run(*inputs, **kwargs)
-        handover.write(role.lane, done.scores, grids)
+        if role.gives:
+            handover.write(role.lane, done.scores, grids)
         if role.dp_loss and self.training and torch.is_grad_enabled():
             self._add_dp_loss(done, grids)
         if self.observers:

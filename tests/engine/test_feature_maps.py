@@ -1,5 +1,7 @@
 """What a model does not read of its backbone is said, and what does not fit."""
 import copy
+import importlib
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -112,6 +114,35 @@ def test_norms_in_the_trunk_need_no_reader(scope, config, told):
     assert not told
 
 
+PVT = dict(type='LessAttentionPVT', pretrain_img_size=64, embed_dims=8,
+           num_layers=[1, 1, 1, 2], num_heads=[1, 2, 3, 4], num_va_layers=(1, 1, 1, 0),
+           mlp_ratios=[1, 1, 1, 1])
+SWIN = dict(type='LessAttentionSwin', embed_dims=8, depths=(1, 1, 1, 3),
+            num_heads=(1, 1, 1, 1), la_layers=(5, ), window_size=2)
+SWIN_CLASSIFIER = dict(type='LessAttentionSwinClassifier', la_layers=(5, ),
+                       window_size=2, arch=dict(
+                           embed_dims=8, depths=(1, 1, 1, 3), num_heads=(1, 1, 1, 1)))
+
+
+@pytest.mark.parametrize('module, arguments, dims, unread', [
+    ('la_pvt', PVT, (8, 16, 24, 32), None),  # whose maps have no norms
+    ('la_swin', SWIN, (8, 16, 32, 64), 'stages 1, 2'),
+    ('la_swin_cls', SWIN_CLASSIFIER, (8, 16, 32, 64), 'stages 1, 2')])
+def test_less_attention_in_pvt_and_swin_is_looked_at(module, arguments, dims, unread,
+                                                     told):
+    importlib.import_module(f'mmlavit.models.backbones.{module}')
+    config = deeplab(dims=(dims[0], dims[3]))
+    config['backbone'] = dict(arguments, out_indices=(0, 1, 2, 3))
+    left = step(build('mmseg', config), 'mmseg')
+    assert [f'maps of {unread}: nobody' in message for message in told] == (
+        [True] if unread else [])
+    assert all(re.fullmatch(r'backbone.norm[12]\.\w+', name) for name in left)
+    assert bool(left) == bool(unread)
+    config['decode_head']['in_channels'] = 99
+    with pytest.raises(ValueError, match=r'4 maps have \[8, 16, .*in_channels=99 with'):
+        build('mmseg', config)
+
+
 def test_stages_behind_the_last_map_that_is_read_are_named(told):
     config = deeplab(0, 1, 2, 3, in_index=1, dims=(8, 16), trunk_norm=True)
     assert step(build('mmseg', config), 'mmseg')
@@ -164,7 +195,7 @@ def test_one_of_several_heads_is_refused_at_the_first_forward():
 def test_heads_that_select_or_join_maps_fit():
     for transform, wanted in (('multiple_select', [8, 32]), ('resize_concat', 40)):
         head = SimpleNamespace(in_channels=wanted, in_index=[0, -1])
-        lavit = SimpleNamespace(arch=dict(embed_dims=(8, 16, 24, 32)),
+        lavit = SimpleNamespace(stage_channels=lambda: (8, 16, 24, 32),
                                 out_indices=(0, 1, 3))
         feature_maps.check_decode_head(lavit, 'decode_head', head)
         lavit.out_indices = (0, 1, 2)

@@ -20,6 +20,7 @@ from ...utils.checks import require, require_bool, require_ints
 from ..layers.grid import Grids, merge_heads, split_heads
 from ..layers.mixing import DEFAULT_RANK
 from ..layers.scores import AttentionDownsample, LayerScores, make_scores
+from .maps import MapBackbone
 
 
 class PVTLayer(ScoredLayer, PVTEncoderLayer):
@@ -204,15 +205,15 @@ def layers_after(num_va_layers: Optional[Sequence[int]],
 
 
 @MODELS.register_module()
-class LessAttentionPVT(PyramidVisionTransformer):
+class LessAttentionPVT(MapBackbone, PyramidVisionTransformer):
     """mmdet's PVT (v1) with less attention (our experiment).
 
     The paper says that less attention works with other attentions than its own, and
     gives no figures. As in `LaViT`, each stage begins with layers of vanilla
     attention (VA), the layers after have no Q and no K and take over the scores of the
     layer before, mixed by Theta and Psi (LA). A stage of LA layers alone inherits the
-    scores of the stage before, downsampled. Without LA layers it is the stock class, bit for bit. Names of
-    weights are the stock's; in LA layers ``attn.attn.in_proj_*`` is
+    scores of the stage before, downsampled. Without LA layers it is the stock class, bit
+    for bit. Names of weights are the stock's; in LA layers ``attn.attn.in_proj_*`` is
     ``attn.attn.v.*``, and ``attn.attn.theta``, ``.psi`` and ``.downsample`` are new.
     Checkpoints of the stock class load: what LA layers lack is dropped, and the log says
     so. PVTv2 is served by `LaViT`'s presets ``pvtv2_b0`` to ``pvtv2_b5``.
@@ -266,12 +267,19 @@ class LessAttentionPVT(PyramidVisionTransformer):
         else:
             require(num_va_layers is None, 'num_va_layers', num_va_layers,
                     f'None beside la_layers={la_layers}')
-        residual = [i for i in firsts(self.num_layers)[1:] if i not in la_layers]
+        residual = require_bool('attn_residual', attn_residual)
         convert(self, FAMILY, la_layers,
-                residual_layers=residual if require_bool(
-                    'attn_residual', attn_residual) else (),
+                residual_layers=firsts(self.num_layers)[1:] if residual else (),
                 mixing=mixing, mixing_rank=mixing_rank, max_base_grid=max_base_grid,
                 dp_loss=dp_loss, with_cp=with_cp)
+
+    def stage_channels(self) -> Sequence[int]:
+        """As `MapBackbone`."""
+        return [self.embed_dims * heads for heads in self.num_heads]
+
+    def maps_have_norms(self) -> bool:
+        """As `MapBackbone`."""
+        return False
 
     def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
         """The stock's maps, as the tuple that mmpretrain's necks and heads ask for."""

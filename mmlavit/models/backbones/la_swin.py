@@ -5,7 +5,7 @@ from mmdet.models.backbones.swin import SwinBlock, SwinTransformer, WindowMSA
 from mmengine.registry import MODELS
 
 from ...plugins.convert import convert
-from ...plugins.swin import Swin, WindowLayer
+from ...plugins.swin import Swin, SwinMaps, WindowLayer
 from ..layers.mixing import DEFAULT_RANK
 
 
@@ -17,16 +17,16 @@ FAMILY = Swin(SwinLayer, SwinBlock, WindowMSA)
 
 
 @MODELS.register_module()
-class LessAttentionSwin(SwinTransformer):
+class LessAttentionSwin(SwinMaps, SwinTransformer):
     """mmdet's Swin with less attention (our experiment).
 
     The paper says that less attention works with other attentions than its own, and
     gives no figures. Layers with less attention (LA) have no Q and no K: they take
     over the scores of the nearest earlier layer **of the same shift** in their stage,
     mixed within windows by Theta and Psi, for windows of shifted and unshifted layers
-    do not align. Relative position bias and shift mask stay each layer's own. A window is the
-    base grid, so any input size works. Without LA layers it is the stock class, bit for
-    bit. Names of weights are the stock's; in LA layers ``w_msa.qkv`` is
+    do not align. Relative position bias and shift mask stay each layer's own. A window
+    is the base grid, so any input size works. Without LA layers it is the stock class,
+    bit for bit. Names of weights are the stock's; in LA layers ``w_msa.qkv`` is
     ``w_msa.qkv.v``, ``.theta`` and ``.psi``. Checkpoints of the stock class load: what
     LA layers lack is dropped, and the log says so.
 

@@ -7,7 +7,7 @@ from mmpretrain.models.backbones.swin_transformer import (SwinBlock,
 from mmpretrain.models.utils.attention import WindowMSA
 
 from ...plugins.convert import convert
-from ...plugins.swin import Swin, WindowLayer
+from ...plugins.swin import Swin, SwinMaps, WindowLayer
 from ..layers.mixing import DEFAULT_RANK
 
 
@@ -19,8 +19,10 @@ FAMILY = Swin(SwinLayer, SwinBlock, WindowMSA)
 
 
 @MODELS.register_module()
-class LessAttentionSwinClassifier(SwinTransformer):
+class LessAttentionSwinClassifier(SwinMaps, SwinTransformer):
     """mmpretrain's Swin with less attention, as `LessAttentionSwin` is mmdet's.
+
+    As in the stock class, maps smaller than a window need ``pad_small_map=True``.
 
     Args:
         arch (str | dict): As for the stock class. Defaults to 'tiny'.

@@ -15,7 +15,7 @@ class TimmLayer(ImageGridLayer, Block):
 
 
 def grid_of_patches(patch_embed: nn.Module, output: Tensor) -> Grid:
-    """Of a map (B, h, w, C) where sizes are dynamic, else the one that it is built for."""
+    """Of a map (B, h, w, C) where sizes are dynamic, else that which it is built for."""
     return output.shape[1:3] if output.dim() == 4 else patch_embed.grid_size
 
 

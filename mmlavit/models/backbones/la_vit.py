@@ -49,14 +49,14 @@ class LessAttentionViT(VisionTransformer):
     """mmpretrain's ViT and DeiT with less attention (our experiment).
 
     The paper says that less attention works with other attentions than its own, and
-    gives no figures. Layers with less attention (LA) have no Q and no K:
-    they take over the scores of the layer before, mixed by Theta and Psi. Without any it is
-    the stock class, bit for bit. Names of weights are the stock's; in LA layers
-    ``attn.qkv`` is ``attn.qkv.v``, ``.theta`` and ``.psi``. Checkpoints of the stock class
-    load: what LA layers lack is dropped, and the log says so.
+    gives no figures. Layers with less attention (LA) have no Q and no K: they take over
+    the scores of the layer before, mixed by Theta and Psi. Without any it is the stock
+    class, bit for bit. Names of weights are the stock's; in LA layers ``attn.qkv`` is
+    ``attn.qkv.v``, ``.theta`` and ``.psi``. Checkpoints of the stock class load: what LA
+    layers lack is dropped, and the log says so.
 
-    Class and distillation tokens lie outside of the grid: the mixing leaves them
-    their own rows and columns.
+    The class token lies outside of the grid: the mixing leaves it its own row and
+    column. For DeiT with a distillation token there is `add_less_attention`.
 
     Args:
         arch (str | dict): As for the stock class. Defaults to 'deit-small'.

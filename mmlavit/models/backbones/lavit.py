@@ -19,6 +19,7 @@ from ..layers.grid import to_map
 from ..losses.dp_loss import build_dp_loss, select_layers
 from .arch import (check_init_cfg, check_layer_options, check_out_indices,
                    is_less_attention, plan_stages, resolve_arch)
+from .maps import MapBackbone
 from .pvt_weights import (for_less_attention, naming_of, to_lavit_names,
                           weights_in)
 
@@ -53,7 +54,7 @@ class LaViTInit:
 
 
 @MODELS.register_module()
-class LaViT(BaseModule):
+class LaViT(MapBackbone, BaseModule):
     """LaViT backbone, for detection, segmentation and classification.
 
     Source: "You Only Need Less Attention at Each Stage in Vision Transformers"
@@ -238,6 +239,14 @@ class LaViT(BaseModule):
             if isinstance(module, nn.Conv2d):
                 module.to(memory_format=torch.channels_last)
         self._freeze()
+
+    def stage_channels(self) -> Sequence[int]:
+        """As `MapBackbone`."""
+        return self.arch['embed_dims']
+
+    def maps_have_norms(self) -> bool:
+        """As `MapBackbone`."""
+        return not self.arch['trunk_norm']
 
     def init_weights(self) -> None:
         """Initialises all weights, then as ``init_cfg`` says.

@@ -1,14 +1,18 @@
 """The registered backbones with less attention, as configs build them."""
 import importlib
+import itertools
+import re
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from mmengine.config import ConfigDict
 from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from builders import randomise
+from builders import authors_names, logged, randomise
+from mmlavit import DiagonalityPreservingLoss
 
 VIT = dict(embed_dims=12, num_layers=4, num_heads=3, feedforward_channels=24)
 PVT = dict(pretrain_img_size=64, embed_dims=6, num_layers=[1, 1, 3, 2],
@@ -84,18 +88,33 @@ def test_frozen_stages_are_the_stocks(name, frozen):
     assert 0 < sum(not p.requires_grad for p in ours.parameters())
 
 
+# The models that two processes train.
+MIXINGS = dict(full=dict(), low_rank=dict(
+    mixing='low_rank', mixing_rank=3, dp_loss=dict(form='bounded')))
+
+
+def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Means over the images, so that that of all is the mean of those of two halves."""
+    losses = [total(model(x)) / len(x)]
+    losses += [part.take() for part in model.modules()
+               if isinstance(part, DiagonalityPreservingLoss)]
+    return sum(losses)
+
+
 def ddp_worker(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         'gloo', f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
     x = torch.load(f'{folder}/x.pt')[2 * rank:2 * rank + 2]
-    for name in CLASSES:
-        model = DistributedDataParallel(randomise(build(name)).double())
+    for name, mixing in itertools.product(CLASSES, MIXINGS):
+        model = DistributedDataParallel(
+            randomise(build(name, **MIXINGS[mixing])).double())
         for _ in range(2):  # DDP reports unused parameters at the second pass
             model.zero_grad()
-            total(model(x)).backward()
+            loss_of(model, x).backward()
         if rank == 0:
-            torch.save([p.grad for p in model.parameters()], f'{folder}/{name}.pt')
+            torch.save([p.grad for p in model.parameters()],
+                       f'{folder}/{name}_{mixing}.pt')
     torch.distributed.destroy_process_group()
 
 
@@ -103,12 +122,52 @@ def test_two_processes_give_the_gradients_of_one(tmp_path, free_port):
     x = torch.randn(4, 3, 64, 64, dtype=torch.double)
     torch.save(x, tmp_path / 'x.pt')
     mp.spawn(ddp_worker, (free_port, str(tmp_path)), nprocs=2)
-    for name in CLASSES:
-        model = randomise(build(name)).double()
-        (total(model(x)) / 2).backward()
-        grads = torch.load(tmp_path / f'{name}.pt')
+    for name, mixing in itertools.product(CLASSES, MIXINGS):
+        model = randomise(build(name, **MIXINGS[mixing])).double()
+        loss_of(model, x).backward()
+        grads = torch.load(tmp_path / f'{name}_{mixing}.pt')
         for (n, p), grad in zip(model.named_parameters(), grads, strict=True):
             torch.testing.assert_close(grad, p.grad, rtol=1e-8, atol=1e-10, msg=n)
+
+
+def swins_authors_names(weights: dict) -> dict:
+    """mmdet's Swin weights by the names, and in the orders, of the authors' release."""
+    out = {'head.bias': torch.ones(1)}
+    for name, x in weights.items():
+        if re.match(r'norm\d', name):
+            continue  # of maps; the authors' network has one, of the last
+        if '.downsample.' in name:
+            # mmdet's channels lie (channel, y, x), the authors' (x, y, channel).
+            x = x.unflatten(-1, (-1, 2, 2)).transpose(-1, -3).flatten(-3)
+        for ours, theirs in (('stages.', 'layers.'), ('w_msa.', ''),
+                             ('projection', 'proj'), ('ffn.layers.0.0', 'mlp.fc1'),
+                             ('ffn.layers.1', 'mlp.fc2')):
+            name = name.replace(ours, theirs)
+        out[name] = x
+    return out
+
+
+@pytest.mark.parametrize('name, names, options', [
+    ('PVT', authors_names, {}),
+    ('Swin', swins_authors_names, dict(convert_weights=True))])
+def test_weights_by_their_authors_names_load(name, names, options, tmp_path):
+    """As configs name them. No release was at hand: ours is made by its names."""
+    weights = randomise(stock(name)).state_dict()
+    path = tmp_path / 'release.pth'
+    torch.save(names(weights), path)
+    model = build(name, **options, init_cfg=ConfigDict(
+        type='Pretrained', checkpoint=str(path)))
+    with logged() as messages:
+        model.init_weights()
+    assert any('Less attention has no Q and K: those of' in x for x in messages)
+    mine = model.state_dict()
+    for key, x in weights.items():
+        if key not in mine:  # V's part of Q, K and V
+            key = key.replace('qkv.', 'qkv.v.').replace('in_proj_', 'v.')
+            x = x.chunk(3)[2]
+        assert torch.equal(mine[key], x) or re.match(r'norm\d', key), key
+    new = [x for key, x in mine.items() if 'theta' in key or 'psi' in key]
+    assert new and not any(x.any() for x in new)
 
 
 def test_old_names_of_mmpretrains_swin_load():
@@ -147,6 +206,8 @@ def test_residual_scores_of_the_stage_before_are_added():
     ('ViT', dict(mixing='half'), ValueError, "mixing='half': expected one of"),
     ('ViT', dict(la_layers='2'), TypeError, 'a sequence of integers'),
     ('ViT', dict(dp_loss=dict()), ValueError, 'a backbone with less-attention layers'),
+    ('PVT', dict(la_layers=5), TypeError, 'layers=5: expected a sequence of integers'),
+    ('PVT', dict(la_layers='2', attn_residual=True), TypeError, "layers='2': expected a"),
     ('PVT', dict(num_va_layers=(1, 1, 4, 1)), ValueError, 'at most num_layers'),
     ('PVT', dict(num_va_layers=(0, 1, 1, 1)), ValueError, 'the first of the model'),
     ('PVT', dict(num_va_layers=(1, 1, 3, 1), la_layers=(3, )), ValueError, 'None beside'),

@@ -10,7 +10,8 @@ weights. Writes to DIR:
 
     similarity.json, .csv   every measure of every layer; maps, each layer to each
     similarity.png          the same as curves and matrices
-    attention.png           where chosen points of the first image look, by layer
+    attention.png           where chosen points of the first image look, by layer; not of
+                            Swin, whose layers attend within windows
     features.png            the stages' feature maps
     (.png with both models where --compare is given)
 """
@@ -235,7 +236,9 @@ def main() -> None:
     write_csv(similarity_rows(results), args.out / 'similarity.csv')
     plot_similarity(results, args.out / 'similarity.png')
     image = read_image(files[0], size)[..., ::-1]
-    plot_attention(maps, image, args.points, args.heads, args.out / 'attention.png')
+    whole = {label: each for label, each in maps.items() if each.attention}
+    if whole:
+        plot_attention(whole, image, args.points, args.heads, args.out / 'attention.png')
     plot_features(maps, image, args.out / 'features.png')
     means = []
     for name, title in TITLES.items():

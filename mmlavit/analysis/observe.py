@@ -41,8 +41,8 @@ def observe_layers(model: nn.Module,
         layers = observable_layers(model)
         if not layers:
             raise TypeError(
-                f'{type(model).__name__} has no layer to observe: expected a LaViT, or '
-                'a ViT, DeiT, PVT or Swin of the toolboxes, in it')
+                f'{type(model).__name__} has no layer to observe: expected a LaViT, '
+                "a ViT, DeiT, PVT or Swin of the toolboxes, or timm's ViT in it")
         for name, layer in layers.items():
             watch(undo, name, layer, callback)
         yield
@@ -62,7 +62,10 @@ def watch(undo: ExitStack, name: str, layer: Observable,
         callback(state._replace(name=name))
 
     def leave() -> None:
-        layer.observers = tuple(x for x in layer.observers if x is not observer)
+        others = tuple(x for x in layer.observers if x is not observer)
+        del layer.observers  # what is left is the class's: ()
+        if others:
+            layer.observers = others
 
     layer.observers = (*layer.observers, observer)
     undo.callback(leave)

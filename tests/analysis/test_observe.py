@@ -60,8 +60,10 @@ def test_observed_maps_are_the_ones_used(path, transform, monkeypatch):
 def test_observation_changes_nothing():
     model, x = small_lavit(), torch.rand(1, 3, 64, 64)
     before = model(x)
+    attributes = [list(vars(module)) for module in model.modules()]
     with observe_layers(model, lambda layer: layer.region_map()):
         during = model(x)
+    assert [list(vars(module)) for module in model.modules()] == attributes
     for a, b, c in zip(before, during, model(x)):
         assert torch.equal(a, b) and torch.equal(a, c)
     assert not any(m._forward_hooks or m._forward_pre_hooks
@@ -76,12 +78,14 @@ def test_plain_vit_is_observed():
         dict(embed_dims=8, num_layers=3, num_heads=2, feedforward_channels=16),
         img_size=64, patch_size=16, out_type='featmap'))
     vit.eval()  # returns None there
+    attributes = [list(vars(module)) for module in vit.modules()]
     layers, inputs = [], []
     handles = [layer.attn.register_forward_hook(
         lambda m, args, out: inputs.append((m, args[0], out)))
         for layer in vit.layers]
     with observe_layers(vit, layers.append), torch.no_grad():
         vit(torch.rand(2, 3, 64, 64))
+    assert [list(vars(module)) for module in vit.modules()] == attributes
     assert [layer.kind for layer in layers] == ['VA'] * 3
     for layer, (attn, x, out) in zip(layers, inputs):
         q, k, v = attn.qkv(x).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4)

@@ -4,8 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmlavit.analysis.peers import (PEERS, TIMM_PEERS, backbone_config,
+from mmlavit.analysis.complexity import count_macs
+from mmlavit.analysis.peers import (LESS_ATTENTION, PEERS, TIMM_PEERS, backbone_config,
                                     build_backbone, expand_groups, published_top1)
+from mmlavit.models.layers.mixing import TokenMix
 
 PUBLISHED = Path(__file__).parents[2] / 'configs/published.yml'
 
@@ -30,6 +32,40 @@ def test_registered_classes_are_taken_with_their_arguments():
     model = build_backbone('mmdet.ResNet(depth=18, out_indices=(2, ))')
     assert model.depth == 18 and model.out_indices == (2, )
     assert type(build_backbone('mmpretrain.LeNet5')).__name__ == 'LeNet5'
+
+
+def macs_of(name: str, side: int = 224) -> float:
+    return count_macs(build_backbone(name), (side, side))
+
+
+def test_multiply_adds_of_deit_are_those_of_its_layers():
+    """Of each LA layer without the products for Q and K, with Theta's and Psi's."""
+    layers, dim, rank, patches = 8, 192, 16, 14 * 14
+    tokens, stock = patches + 1, macs_of('DeiT-T')
+    for name, mixing in (
+        ('LA-DeiT-T', tokens**2 * dim),
+        ('LA-DeiT-T-low-rank', 2 * tokens * rank * dim + 2 * patches * rank**2)):
+        assert stock - macs_of(name) == layers * 2 * (tokens * dim**2 - mixing)
+
+
+def test_pvt_and_swin_with_less_attention_have_fewer_multiply_adds():
+    assert macs_of('LA-PVT-S') < macs_of('PVT-S')
+    assert macs_of('LA-Swin-T', 56) < macs_of('Swin-T', 56)
+
+
+@pytest.mark.parametrize('name', LESS_ATTENTION)
+def test_less_attention_is_where_the_name_says(name):
+    kinds = {type(module).__name__ for module in build_backbone(name).modules()}
+    assert kinds & {'TokenMix', 'LowRankMix'} == (
+        {'LowRankMix'} if 'low-rank' in name else
+        {'TokenMix'} if 'LA-' in name else set())
+
+
+def test_every_class_with_less_attention_is_found_by_its_name():
+    model = build_backbone('LessAttentionSwinClassifier(la_layers=(6, 7))')
+    assert [name for name, module in model.named_modules()
+            if isinstance(module, TokenMix)][0] == (
+        'stages.2.blocks.2.attn.w_msa.qkv.theta')
 
 
 @pytest.mark.parametrize('name', TIMM_PEERS)

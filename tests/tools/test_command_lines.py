@@ -1,7 +1,9 @@
 """Our tools as users run them: help, wrong arguments, and what they write."""
 import csv
 import json
+import logging
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +171,41 @@ def test_analysis_writes_measures_and_pictures_of_two_models(
     layers = results['deit']['layers']
     mean = sum(layer['token_similarity'] for layer in layers) / len(layers)
     assert line.split('|')[3].strip() == f'{mean:.3f}'
+
+
+def test_analysis_of_pvt_and_swin_with_less_attention(images, tmp_path, monkeypatch):
+    """Swin attends within windows: no picture of where points of an image look."""
+    (tmp_path / 'pvt.py').write_text(
+        f"_base_ = {str(ROOT / 'configs/plugins/la-pvt-s_in1k.py')!r}\n"
+        'model = dict(backbone=dict(_delete_=True, type="LessAttentionPVT", '
+        'embed_dims=6, num_layers=[1, 1, 3, 2], num_heads=[1, 2, 3, 4], num_va_layers='
+        '(1, 1, 2, 0), mlp_ratios=[1] * 4, out_indices=(3, )), '
+        'head=dict(in_channels=24))\n')
+    (tmp_path / 'swin.py').write_text(
+        f"_base_ = {str(ROOT / 'configs/plugins/la-swin-t_in1k.py')!r}\n"
+        'model = dict(backbone=dict(_delete_=True, type="LessAttentionSwinClassifier", '
+        'arch=dict(embed_dims=8, depths=(2, 4), num_heads=(1, 2)), la_layers=(4, 5), '
+        'out_indices=(1, )), head=dict(in_channels=16))\n')
+    swin, pvt = ([tmp_path / f'{name}.py', 'none'] for name in ('swin', 'pvt'))
+    options = ['--size', 64, 64, '--max-images', 2, '--heads', '--device', 'cpu']
+    for args in ([*swin, images], [*swin, images, '--compare', *pvt]):
+        out = tmp_path / str(len(args))
+        argv = ['analyze_attention', *args, '--out', out, *options]
+        monkeypatch.setattr(sys, 'argv', [str(arg) for arg in argv])
+        try:
+            runpy.run_path(str(ROOT / 'tools/analyze_attention.py'), run_name='__main__')
+        finally:
+            logging.disable(logging.NOTSET)
+        assert cv2.imread(str(out / 'similarity.png')).std() > 10
+        assert cv2.imread(str(out / 'features.png')).std() > 10
+        assert (out / 'attention.png').exists() == (pvt[0] in args)
+    rows = list(csv.DictReader(open(out / 'similarity.csv')))
+    kinds = {model: ''.join(row['kind'][0] for row in rows if row['model'] == model)
+             for model in ('swin', 'pvt')}
+    assert kinds == dict(swin='VVVVLL', pvt='VVVVLLL')
+    # Windows of the same shift are compared, as one inherits from the other.
+    alike = [row['map_similarity_to_previous'] for row in rows[:6]]
+    assert [value == '' for value in alike] == [True] * 4 + [False] * 2
 
 
 def test_data_check_ends_with_1_if_there_are_errors(images, tmp_path):

@@ -10,7 +10,7 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 import mmlavit  # noqa: F401  (registers the constructor)
-from builders import ARCH
+from builders import ARCH, digits_config, train
 from mmlavit.analysis.building import build_model
 
 COCO = Path(__file__).parents[2] / 'configs/retinanet_lavit_t_coco.py'
@@ -121,6 +121,34 @@ def test_compiled_steps_are_the_same():
             run(torch.ones(2, 3, 5, 5))
         weights.append(nn.utils.parameters_to_vector(model.parameters()))
     torch.testing.assert_close(*weights)
+
+
+# One stage of two layers, which takes seconds to trace.
+SMALL = dict(embed_dims=(8, ), depths=(2, ), num_heads=(1, ), num_va_layers=(1, ),
+             strides=(4, ), patch_sizes=(7, ))
+
+
+def test_mmengines_compile_trains_the_same_weights(digits, tmp_path):
+    weights = []
+    for compiled in (False, dict(backend='eager')):
+        torch._dynamo.reset()
+        config = digits_config(
+            digits,
+            model__backbone__arch=SMALL,
+            model__backbone__sr_ratios=(4, ),
+            model__backbone__out_indices=(0, ),
+            model__head__in_channels=8,
+            train_dataloader__dataset__indices=list(range(0, 1440, 90)),
+            train_cfg__max_epochs=1,
+            optim_wrapper=dict(
+                constructor='MergedGroupsConstructor',
+                optimizer=dict(
+                    type='AdamW', lr=1e-2, weight_decay=0.1, foreach=True),
+                paramwise_cfg=dict(norm_decay_mult=0.)),
+            compile=compiled)
+        weights.append(train(config, tmp_path / str(bool(compiled))))
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, msg=name)
 
 
 def classifier(**backbone) -> nn.Module:

@@ -63,7 +63,8 @@ def random_config(digits: Path, workers: int = 0, by_iter: bool = False,
     return config
 
 
-@pytest.mark.parametrize('workers, by_iter', [(0, False), (2, False), (0, True)])
+@pytest.mark.parametrize('workers, by_iter', [
+    (0, False), (2, False), (0, True), (2, True)])
 def test_random_numbers_go_on_where_they_were(workers, by_iter, digits, tmp_path):
     config = random_config(digits, workers, by_iter)
     whole = train(config, tmp_path / 'whole')

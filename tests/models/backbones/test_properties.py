@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from builders import ARCH, randomise
 from mmlavit import DiagonalityPreservingLoss, LaViT
 from mmlavit.models.layers.attention import TRANSFORMS, VALUE_REDUCTIONS
+from mmlavit.models.layers.mixing import MIXINGS
 from mmlavit.models.layers.scores import SCORE_PATHS
 
 settings.register_profile('fixed', deadline=None, derandomize=True)
@@ -78,6 +79,9 @@ def valid_arguments(draw) -> dict:
         max_key_grid=draw(st.none() | st.integers(1, 20)),
         value_reduction=draw(st.sampled_from(VALUE_REDUCTIONS)),
         transform=draw(st.sampled_from(TRANSFORMS)),
+        mixing=draw(st.sampled_from(MIXINGS)),
+        mixing_rank=draw(st.integers(1, 20)),
+        trunk_norm=draw(st.none() | st.booleans()),
         score_path=draw(st.sampled_from(SCORE_PATHS)),
         qkv_bias=draw(st.booleans()),
         norm_cfg=draw(

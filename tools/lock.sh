@@ -31,12 +31,19 @@ bash tools/setup_env.sh
     cat <<'MD'
 # Licences of what the default stack downloads
 
-As each package states its own. Written by `bash tools/lock.sh`, which runs
+As each package states its own; cuda-toolkit states none, and is under [NVIDIA's
+EULA](https://docs.nvidia.com/cuda/eula/). Written by `bash tools/lock.sh`, which runs
 [pip-licenses](https://pypi.org/project/pip-licenses/) on the environment that it sets
 up from `requirements/lock.txt`. mmlavit itself is under Apache-2.0 and contains none of
 them.
 
+Wheels hold libraries of others too, under licences of their own. Among them are FFmpeg
+and Qt 5 in OpenCV's and GEOS in shapely's (LGPL), and GCC's runtime libraries in those of
+numpy, scipy and torch (GPL with GCC's runtime exception; libquadmath LGPL). OpenCV's
+headless wheel has no Qt.
+
 MD
     "$TOOL/bin/pip-licenses" --python .venv/bin/python --with-system --from=mixed --with-urls --format=markdown \
-        --packages $(sed -nE 's/^([a-z0-9-]+)==.*/\1/p' requirements/lock.txt requirements/lock-mmcv.txt)
+        --packages $(sed -nE 's/^([a-z0-9-]+)==.*/\1/p' requirements/lock.txt requirements/lock-mmcv.txt) |
+        sed -E '/^\| cuda-toolkit /s/UNKNOWN {17}/NVIDIA CUDA Toolkit EULA/'
 } > docs/licences.md

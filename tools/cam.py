@@ -61,7 +61,7 @@ def main() -> None:
     import mmlavit  # noqa: F401  (registers LaViT)
     from mmlavit.analysis.building import build_model
     from mmlavit.analysis.cam import draw_cam
-    from mmlavit.analysis.images import find_images
+    from mmlavit.analysis.images import find_images, picture_name
     from mmlavit.export.metadata import class_names, load_weights
     config = Config.fromfile(args.config)
     model = build_model(config)
@@ -72,7 +72,7 @@ def main() -> None:
         for file in find_images(args.images, args.max_images):
             picture, label, score = draw_cam(
                 model, file, args.category, args.map, args.size)
-            target = args.out / file.relative_to(root).with_suffix('.png')
+            target = args.out / picture_name(file.relative_to(root))
             target.parent.mkdir(parents=True, exist_ok=True)
             cv2.imwrite(str(target), picture)
             print(f'{target}: {names[label] if names else label}, score {score:.3g}')

@@ -10,12 +10,14 @@ standard operators alone, opset 20, and hold class names and preprocessing in th
 metadata; tools/infer_onnx.py runs them. Without a checkpoint: initial weights.
 """
 import argparse
-import logging
+import json
 import sys
 from pathlib import Path
+from typing import Dict, List, Optional
 
 # Of the largest value; and the share of a detector's boxes that is compared.
 TOLERANCES = dict(float32=(1e-4, 1.), half=(1e-2, .98))
+MOST_IMAGES = 64  # that int8 is calibrated with
 
 
 def parse_args() -> argparse.Namespace:
@@ -51,7 +53,8 @@ def parse_args() -> argparse.Namespace:
         '--int8', type=Path, metavar='IMAGES',
         help='linear layers in int8, calibrated with some images of this folder; '
         'default: float32; e.g. --int8 data/digits/images/train')
-    args = parser.parse_args()
+    # So that options may stand between CONFIG, CHECKPOINT and OUT.
+    args = parser.parse_intermixed_args()
     for path in (args.config, args.checkpoint):
         if path is not None and not path.is_file():
             parser.error(f'{path}: no such file')
@@ -70,60 +73,97 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     # After parsing: it takes seconds, which --help need not wait for.
-    from mmengine.config import Config
-
-    import mmlavit  # noqa: F401  (registers LaViT)
-    from mmlavit.analysis.building import build_model
-    from mmlavit.export import choose, metadata, programs
-    logging.disable(logging.INFO)  # each parameter's initialisation
-    config = Config.fromfile(args.config)
-    model = build_model(config)
+    from mmlavit.export import programs
     try:
-        checkpoint = metadata.load_weights(model, args.checkpoint)
-        part = choose.choose_part(model, args.part)
+        part, about = load_part(args.config, args.checkpoint, args.part)
+        # Before the export, which takes a while.
+        images = find_calibration(args.int8, about) if args.int8 else []
         print(f'exporting {args.part} of {args.config}: {part.task}', flush=True)
         program = programs.export_program(part)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         if args.out.suffix == '.pt2':
             programs.to_pt2(program, args.out)
         else:
-            names = metadata.class_names(config, checkpoint)
-            programs.to_onnx(program, part, args.out,
-                             metadata.describe(part, model, config, names))
-            if args.half:
-                programs.halve_weights(args.out)
-            if args.int8:
-                count = quantise(args.out, args.int8)
-                print(f'{count} linear layers in int8')
+            write_onnx(program, part, args.out, about, args.half, images)
     except (FileNotFoundError, RuntimeError, ValueError) as error:
         sys.exit(str(error))
     print(f'{args.out}: {args.out.stat().st_size / 1e6:.1f} MB')
-    if args.out.suffix == '.onnx':
-        operators = programs.count_operators(args.out)
-        print(f'opset {programs.OPSET}, {sum(n for _, n in operators)} nodes: '
-              + ', '.join(f'{n} {name}' for name, n in operators))
     if args.verify:
-        verify(part, args)
+        runtime = 'torch' if args.out.suffix == '.pt2' else args.runtime
+        verify(part, args.out, runtime, *TOLERANCES['half' if args.half else 'float32'])
 
 
-def quantise(path: Path, images: Path, most: int = 64) -> int:
+def load_part(config: Path, checkpoint: Optional[Path], part: str) -> tuple:
+    """A part of a config's model; and what the file says of it, as JSON by name."""
+    from mmengine.config import Config
+
+    import mmlavit  # noqa: F401  (registers LaViT)
+    from mmlavit.analysis.building import build_model
+    from mmlavit.analysis.inference import quiet
+    from mmlavit.export import choose, metadata
+    config = Config.fromfile(config)
+    with quiet():
+        model = build_model(config)
+        names = metadata.class_names(
+            config, metadata.load_weights(model, checkpoint))
+    chosen = choose.choose_part(model, part)
+    return chosen, metadata.describe(chosen, model, config, names)
+
+
+def write_onnx(program, part, out: Path, about: Dict[str, str], half: bool,
+               images: List[Path]) -> None:
+    """Writes the whole file or none, and prints its operators."""
+    from mmlavit.export import programs
+    try:
+        programs.to_onnx(program, part, out, about)
+        if half:
+            programs.halve_weights(out)
+        if images:
+            print(f'{quantise(out, images)} linear layers in int8')
+        operators = programs.count_operators(out)
+    except BaseException:
+        out.unlink(missing_ok=True)  # else one in float32 would be left
+        raise
+    print(f'opset {programs.OPSET}, {sum(n for _, n in operators)} nodes: '
+          + ', '.join(f'{n} {name}' for name, n in operators))
+
+
+def find_calibration(folder: Path, about: Dict[str, str]) -> List[Path]:
+    """Some images of a folder, for a file that infer_onnx.py can prepare them for.
+
+    Raises:
+        FileNotFoundError, ValueError: If there are none, or it cannot.
+    """
+    from infer_onnx import RESULTS, STEPS, unknown_steps
+
+    from mmlavit.analysis.images import find_images
+    task = json.loads(about['task'])
+    unknown = unknown_steps(json.loads(about['resize']))
+    if task not in RESULTS:
+        raise ValueError(f'--int8: exported would be the {task}: expected one of '
+                         f'{", ".join(RESULTS)}; for a detector: --part end-to-end')
+    if unknown:
+        raise ValueError(f'--int8: test pipeline: {", ".join(unknown)}: expected '
+                         f'{", ".join(STEPS)} alone, with a scale')
+    return find_images(folder, MOST_IMAGES)
+
+
+def quantise(path: Path, images: List[Path]) -> int:
     """Calibrates a file with images, prepared as its metadata says."""
     from infer_onnx import Model
 
-    from mmlavit.analysis.images import find_images, read_image
+    from mmlavit.analysis.images import read_image
     from mmlavit.export.programs import quantise_linear
-    model, files = Model(path), find_images(images, most)
+    model = Model(path)
     return quantise_linear(
-        path, (model.prepare(read_image(file, None))[0] for file in files))
+        path, (model.prepare(read_image(file, None))[0] for file in images))
 
 
-def verify(part, args: argparse.Namespace) -> None:
-    """Prints a table; exits with 1 where a difference is too large."""
+def verify(part, out: Path, runtime: str, most: float, boxes: float) -> None:
+    """Prints a table; exits with 1 where a difference is above ``most``."""
     from mmlavit.analysis.report import markdown_table
     from mmlavit.export.verify import largest_differences
-    runtime = 'torch' if args.out.suffix == '.pt2' else args.runtime
-    most, boxes = TOLERANCES['half' if args.half else 'float32']
-    rows = largest_differences(part, args.out, runtime, boxes=boxes)
+    rows = largest_differences(part, out, runtime, boxes=boxes)
     print(f'\nlargest difference of {runtime} from the model, relative:\n')
     print(markdown_table([
         dict(zip(('batch', 'height', 'width'), row['size']),
@@ -132,7 +172,7 @@ def verify(part, args: argparse.Namespace) -> None:
     ]))
     wrong = [row for row in rows if not row['difference'] <= most]
     if wrong:
-        sys.exit('\n'.join(f'{args.out}: {row["output"]} at {row["size"]}: differs '
+        sys.exit('\n'.join(f'{out}: {row["output"]} at {row["size"]}: differs '
                            f'by {row["difference"]:.1e}, expected at most {most}'
                            for row in wrong))
 

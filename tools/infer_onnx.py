@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Dict, Iterable, List, Optional, Tuple
 
 SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff'}
+# Steps of a test pipeline that `resize` knows.
+STEPS = ('Resize', 'ResizeEdge', 'CenterCrop')
 
 
 def parse_args() -> argparse.Namespace:
@@ -66,6 +68,10 @@ class Model:
         if self.task not in RESULTS:
             sys.exit(f'{path}: exported is the {self.task}: expected one of '
                      f'{", ".join(RESULTS)}; see --part of tools/export.py')
+        unknown = unknown_steps(self.about['resize'])
+        if unknown:
+            sys.exit(f'{path}: test pipeline: {", ".join(unknown)}: expected '
+                     f'{", ".join(STEPS)} alone, with a scale')
 
     @property
     def task(self) -> str:
@@ -120,6 +126,12 @@ def start_openvino(path: Path) -> tuple:
             {name: held[name].astype(str) for name in held})
 
 
+def unknown_steps(steps: List[dict]) -> List[str]:
+    """Those of a test pipeline that `resize` would not do as the framework."""
+    return [step['type'] for step in steps if step['type'] not in STEPS
+            or step['type'] != 'CenterCrop' and not step.get('scale')]
+
+
 def resize(image, steps: List[dict]):
     """The steps of a test pipeline that change an image's size."""
     for step in steps:
@@ -167,28 +179,33 @@ def scaled(image, size: Tuple[int, int], step: dict):
     return cv2.resize(image, size, interpolation=flags[how])
 
 
-def detection(model: Model, image, outputs: list, size: tuple,
-              args) -> Tuple[dict, Optional[object]]:
-    """Boxes in pixels of the image, and the image with them drawn."""
-    import cv2
+def detection(model: Model, image, outputs: list,
+              size: tuple) -> Tuple[dict, Optional[object]]:
+    """Boxes in pixels of the image."""
     import numpy as np
     dets, labels = (x[0] for x in outputs)
     found = labels >= 0
     scale = np.float32([image.shape[1] / size[1], image.shape[0] / size[0]] * 2)
-    boxes, scores = dets[found, :4] * scale, dets[found, 4]
-    picture = image.copy()
-    for box, score, label in zip(boxes, scores, labels[found]):
-        if score >= args.score_thr:
-            (x1, y1, x2, y2), color = box.round().astype(int).tolist(), (0, 200, 0)
+    return dict(bboxes=(dets[found, :4] * scale).tolist(),
+                scores=dets[found, 4].tolist(),
+                labels=[model.name(label) for label in labels[found]]), None
+
+
+def draw_boxes(image, result: dict, score_thr: float):
+    """The image with the boxes of at least that score."""
+    import cv2
+    picture, color = image.copy(), (0, 200, 0)
+    for box, score, label in zip(*(result[x] for x in ('bboxes', 'scores', 'labels'))):
+        if score >= score_thr:
+            x1, y1, x2, y2 = map(round, box)
             cv2.rectangle(picture, (x1, y1), (x2, y2), color)
-            cv2.putText(picture, f'{model.name(label)} {score:.2f}', (x1, y1 + 11),
+            cv2.putText(picture, f'{label} {score:.2f}', (x1, y1 + 11),
                         cv2.FONT_HERSHEY_SIMPLEX, .4, color)
-    return dict(bboxes=boxes.tolist(), scores=scores.tolist(),
-                labels=[model.name(label) for label in labels[found]]), picture
+    return picture
 
 
-def classification(model: Model, image, outputs: list, size: tuple,
-                   args) -> Tuple[dict, Optional[object]]:
+def classification(model: Model, image, outputs: list,
+                   size: tuple) -> Tuple[dict, Optional[object]]:
     """The most likely class."""
     import numpy as np
     logits = outputs[0][0].astype(np.float64)
@@ -198,8 +215,8 @@ def classification(model: Model, image, outputs: list, size: tuple,
                 score=float(scores[best] / scores.sum())), None
 
 
-def segmentation(model: Model, image, outputs: list, size: tuple,
-                 args) -> Tuple[dict, Optional[object]]:
+def segmentation(model: Model, image, outputs: list,
+                 size: tuple) -> Tuple[dict, Optional[object]]:
     """Each class's share of the pixels, and the mask of class indices."""
     import cv2
     import numpy as np
@@ -209,7 +226,8 @@ def segmentation(model: Model, image, outputs: list, size: tuple,
     full = [cv2.resize(np.ascontiguousarray(logits[..., i:i + 4]),
                        image.shape[1::-1]).reshape(*image.shape[:2], -1)
             for i in range(0, logits.shape[-1], 4)]
-    mask = np.concatenate(full, -1).argmax(-1).astype(np.uint8)
+    kind = np.uint8 if logits.shape[-1] <= 256 else np.uint16
+    mask = np.concatenate(full, -1).argmax(-1).astype(kind)
     labels, counts = np.unique(mask, return_counts=True)
     return dict(shares={model.name(label): count / mask.size
                         for label, count in zip(labels.tolist(), counts)}), mask
@@ -248,6 +266,11 @@ def find_images(path: Path) -> Iterable[Path]:
     return files
 
 
+def picture_name(file: Path) -> Path:
+    """As of tools/infer.py: a.jpg.png for a.jpg, which a.png does not overwrite."""
+    return file if file.suffix == '.png' else file.with_name(f'{file.name}.png')
+
+
 def main() -> None:
     args = parse_args()
     # After parsing: it takes seconds, which --help need not wait for.
@@ -264,10 +287,12 @@ def main() -> None:
             continue
         name = file.relative_to(root)
         outputs, size = model(image)
-        result, picture = RESULTS[model.task](model, image, outputs, size, args)
+        result, picture = RESULTS[model.task](model, image, outputs, size)
+        if model.task == 'detection':
+            picture = draw_boxes(image, result, args.score_thr)
         predictions[name.as_posix()] = result
         if picture is not None:
-            target = args.out / 'pictures' / name.with_suffix('.png')
+            target = args.out / 'pictures' / picture_name(name)
             target.parent.mkdir(parents=True, exist_ok=True)
             cv2.imwrite(str(target), picture)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -48,6 +48,14 @@ def read_image(file: Path, size: Optional[Tuple[int, int]]) -> np.ndarray:
     return image if size is None else mmcv.imresize(image, size[::-1])
 
 
+def picture_name(file: Path) -> Path:
+    """The name of a PNG picture for a file, such as a.jpg.png for a.jpg.
+
+    So pictures for a.jpg and a.png of one folder keep apart.
+    """
+    return file if file.suffix == '.png' else file.with_name(f'{file.name}.png')
+
+
 def make_inputs(model: nn.Module, files: Sequence[Path],
                 size: Tuple[int, int]) -> Tensor:
     """Files as the model's own preprocessor leaves them: (B, 3, H, W)."""

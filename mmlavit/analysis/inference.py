@@ -2,6 +2,7 @@
 import glob
 import json
 import logging
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from tqdm import tqdm
+
+from .images import picture_name
 
 SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff'}
 
@@ -24,7 +27,7 @@ def infer(config: Path, checkpoint: Path, images: str, out: Path,
         checkpoint (Path): The weights.
         images (str): A file, a folder, which is searched through, or a pattern.
         out (Path): Folder to write to. Pictures have the names that the files have
-            below ``images``, with the suffix ``.png``.
+            below ``images``, with ``.png`` behind where it is not there.
         device (str, optional): Default: the GPU if there is one, else the CPU.
         batch_size (int): Files at once. Defaults to 1.
         score_thr (float): Least score of a box that is drawn. Defaults to 0.3.
@@ -40,21 +43,31 @@ def infer(config: Path, checkpoint: Path, images: str, out: Path,
     files = find_images(images)
     root = Path(images) if Path(images).is_dir() else common_folder(files)
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    logging.disable(logging.INFO)
-    predict = build(Config.fromfile(config), checkpoint, device, score_thr)
     predictions, skipped = {}, []
-    with tqdm(total=len(files), unit='image', disable=None) as bar:
+    with quiet(), tqdm(total=len(files), unit='image', disable=None) as bar:
+        predict = build(Config.fromfile(config), checkpoint, device, score_thr)
         for batch in readable_batches(files, batch_size, skipped):
             for file, (result, picture) in zip(batch, predict(batch)):
                 name = file.relative_to(root)
                 predictions[name.as_posix()] = result
                 mmcv.imwrite(picture[..., ::-1],
-                             str(out / 'pictures' / name.with_suffix('.png')))
+                             str(out / 'pictures' / picture_name(name)))
             bar.update(len(batch))
         bar.update(len(skipped))
     out.mkdir(parents=True, exist_ok=True)
     (out / 'predictions.json').write_text(json.dumps(predictions, indent=1))
     return len(predictions), skipped
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No log of each parameter's initialisation."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def find_images(images: str) -> List[Path]:

@@ -1,5 +1,5 @@
 """A dense detector from images to boxes, decoding and NMS in the graph."""
-from typing import List, Tuple
+from typing import List, Set, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,9 @@ class Detections(Part):
     def example(self, batch: int, height: int, width: int) -> Tuple[Tensor, ...]:
         shapes = torch.tensor([height, width]).expand(batch, 2)
         return torch.rand(batch, 3, height, width), shapes.float().contiguous()
+
+    def numbers(self) -> Set[int]:
+        return super().numbers() | {self.head.cls_out_channels}
 
     def forward(self, images: Tensor, shapes: Tensor) -> Tuple[Tensor, Tensor]:
         """Images and their sizes to boxes.

@@ -1,7 +1,7 @@
 """A model's weights, and what a runtime must know of it as JSON strings by name."""
 import json
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Union
 
 from mmengine.config import Config
 from mmengine.registry import DATASETS
@@ -11,8 +11,8 @@ from torch import nn
 from ..version import __version__
 from .parts import Part
 
-# Steps of a test pipeline that change the image, and that infer_onnx.py knows.
-RESIZING = ('Resize', 'ResizeEdge', 'CenterCrop')
+# How the names of those steps of a test pipeline begin that leave an image as it is.
+READING = ('Load', 'Pack')
 
 
 def describe(part: Part, model: nn.Module, config: Config,
@@ -28,8 +28,8 @@ def describe(part: Part, model: nn.Module, config: Config,
     Returns:
         dict[str, str]: 'task', 'classes', 'mean' and 'std' of the channels in the
         order 'channels' ('rgb' or 'bgr'), pixels of 0 to 255; 'resize', the steps
-        of the test pipeline that change the size; 'pad_divisor', to a multiple of
-        which images are padded with zeros after normalisation; 'mmlavit', the
+        of the test pipeline between reading and packing; 'pad_divisor', to a multiple
+        of which images are padded with zeros after normalisation; 'mmlavit', the
         version.
     """
     preprocessor = model.data_preprocessor
@@ -37,18 +37,28 @@ def describe(part: Part, model: nn.Module, config: Config,
     swaps = any(getattr(preprocessor, name, False) for name in (
         '_channel_conversion', 'channel_conversion', 'to_rgb'))
     normalises = getattr(preprocessor, '_enable_normalize', False)
-    steps = config.get('test_dataloader', {}).get('dataset', {}).get('pipeline', [])
     values = dict(
         task=part.task,
         classes=classes,
         mean=preprocessor.mean.flatten().tolist() if normalises else [0.] * 3,
         std=preprocessor.std.flatten().tolist() if normalises else [1.] * 3,
         channels='rgb' if swaps else 'bgr',
-        resize=[dict(step) for step in steps
-                if str(step['type']).split('.')[-1] in RESIZING],
+        resize=preparation(config),
         pad_divisor=getattr(preprocessor, 'pad_size_divisor', 1),
         mmlavit=__version__)
-    return {name: json.dumps(value) for name, value in values.items()}
+    return {name: json.dumps(value, default=str) for name, value in values.items()}
+
+
+def preparation(config: Config) -> List[dict]:
+    """The steps of the test pipeline that change images, known to a runtime or not."""
+    steps = config.get('test_dataloader', {}).get('dataset', {}).get('pipeline', [])
+    named = [dict(step, type=type_name(step['type'])) for step in steps]
+    return [step for step in named if not step['type'].startswith(READING)]
+
+
+def type_name(kind: Union[str, type]) -> str:
+    """A step's class by name, without the toolbox in front."""
+    return kind.split('.')[-1] if isinstance(kind, str) else kind.__name__
 
 
 def class_names(config: Config, checkpoint: dict) -> Optional[List[str]]:

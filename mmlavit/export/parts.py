@@ -2,7 +2,7 @@
 
 Images are what the model's data preprocessor makes of them: normalised, padded.
 """
-from typing import Sequence, Tuple
+from typing import Sequence, Set, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,10 @@ class Part(nn.Module):
     def example(self, batch: int, height: int, width: int) -> Tuple[Tensor, ...]:
         """Random inputs of that size."""
         return (torch.rand(batch, 3, height, width), )
+
+    def numbers(self) -> Set[int]:
+        """What may stand in a graph by right: the sizes of the weights."""
+        return {side for x in self.state_dict().values() for side in x.shape}
 
 
 class BackboneMaps(Part):

@@ -1,7 +1,7 @@
 """Parts of models to programs (torch.export), and programs to ONNX."""
 import warnings
 from pathlib import Path
-from typing import Dict, Iterable, List, Optional, Tuple
+from typing import Dict, Iterable, List, Optional, Set, Tuple
 
 import torch
 from torch.export import Dim, ExportedProgram
@@ -11,8 +11,8 @@ from .parts import Part
 OPSET = 20  # the first with Gelu
 # None of its grids' sides or areas is a usual number of channels, so that one that
 # stands in a graph is a frozen size. Tensors of this size are never computed.
-EXAMPLE = (3, 1187, 1447)
-STRIDES = (1, 4, 8, 16, 32)
+EXAMPLE = (3, 1387, 1607)
+STRIDES = (1, 4, 8, 16, 32, 64, 128)
 # Sides below it are axes of one element somewhere, which a graph treats otherwise.
 LEAST_SIDE = 33
 MAX_FOLDED = 2**28  # the size of a tensor; torch's own limit is small
@@ -26,7 +26,8 @@ def export_program(part: Part) -> ExportedProgram:
             and names the operator or the size.
     """
     if not hasattr(torch.compiler, 'is_exporting'):
-        raise RuntimeError(f'export: torch {torch.__version__}: expected 2.9 or later')
+        raise RuntimeError(f'export: torch {torch.__version__}: expected one that has '
+                           'torch.compiler.is_exporting; 2.11 is what was tried')
     images, *others = part.example(*EXAMPLE)
     any_size = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     shapes = (any_size, *({0: Dim.AUTO} for _ in others))
@@ -69,7 +70,7 @@ def to_onnx(program: ExportedProgram, part: Part, path: Path,
     optimizer.remove_unused_nodes(made.model)
     model = made.model_proto
     name_sizes(model)
-    frozen = list(frozen_sizes(model))
+    frozen = list(frozen_sizes(model, part.numbers()))
     if frozen:
         raise RuntimeError('export: these nodes hold a size of the example: '
                            + '; '.join(frozen[:5]))
@@ -88,7 +89,7 @@ def to_fixed_onnx(part: Part, size: Tuple[int, int, int], path: Path) -> None:
         torch.onnx.export(
             part, part.example(*size), path, dynamo=True, opset_version=OPSET,
             input_names=list(part.inputs), output_names=list(part.outputs),
-            verbose=False)
+            verbose=False, external_data=False)
 
 
 def name_sizes(model) -> None:
@@ -106,12 +107,19 @@ def name_sizes(model) -> None:
     del model.graph.value_info[:]
 
 
-def frozen_sizes(model) -> Iterable[str]:
-    """Nodes of the graph that take a size of `EXAMPLE` as a constant."""
+def frozen_sizes(model, known: Set[int] = frozenset()) -> Iterable[str]:
+    """Nodes of the graph that take a size of `EXAMPLE` as a constant.
+
+    A frozen batch is not seen, for 3 may be any number.
+
+    Args:
+        model (onnx.ModelProto): The graph.
+        known (Set[int]): Numbers of the model's own, as of its classes.
+    """
     from onnx.numpy_helper import to_array
     grids = [[-(-side // stride) for side in EXAMPLE[1:]] for stride in STRIDES]
     sizes = {n for h, w in grids for n in (h, w, h * w)}
-    sizes = {n for n in sizes if n > LEAST_SIDE}
+    sizes = {n for n in sizes if n > LEAST_SIDE} - known
     constants = {x.name: to_array(x) for x in model.graph.initializer
                  if x.data_type == x.INT64}
     for node in model.graph.node:
@@ -205,7 +213,11 @@ def linear_layers(model) -> Iterable[str]:
 
 def to_pt2(program: ExportedProgram, path: Path) -> None:
     """Writes a program as a file for ``torch.export.load``."""
-    torch.export.save(program, path)
+    example, program.example_inputs = program.example_inputs, None  # 80 MB
+    try:
+        torch.export.save(program, path)
+    finally:
+        program.example_inputs = example
 
 
 def count_operators(path: Path) -> List[Tuple[str, int]]:

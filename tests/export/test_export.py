@@ -1,8 +1,15 @@
 """Exported files against the models they were made of, at sizes never seen."""
+import contextlib
+import importlib.util
+import io
 import json
+import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -24,7 +31,8 @@ pytest.importorskip('onnxscript')
 onnxruntime = pytest.importorskip('onnxruntime')
 pytest.importorskip('openvino')
 
-from mmlavit.export import choose, parts, programs, verify  # noqa: E402
+from mmlavit.export import (choose, metadata, parts, programs,  # noqa: E402
+                            verify)
 
 ROOT = Path(__file__).parents[2]
 # Every kind of layer: VA, LA, and scores inherited across stages.
@@ -58,12 +66,38 @@ def as_onnx(part: parts.Part, path: Path) -> Path:
     return path
 
 
-def run(*command) -> str:
-    result = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, timeout=300)
-    assert result.returncode == 0, result.stdout[-4000:]
-    return result.stdout
+def load_tool(name: str) -> ModuleType:
+    """A tool as a module that other tools can import."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f'tools/{name}.py')
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+TOOLS = {name: load_tool(name) for name in ('infer_onnx', 'export', 'infer')}
+
+
+def run(tool: str, *argv) -> str:
+    """What a tool says, run in this process, which has imported the toolboxes."""
+    out = io.StringIO()
+    with mock.patch.object(sys, 'argv', [tool, *map(str, argv)]), \
+            contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        TOOLS[tool].main()
+    assert logging.root.manager.disable == 0  # else others' logs would be lost
+    return out.getvalue()
+
+
+@pytest.fixture
+def traced_once(monkeypatch) -> None:
+    """torch.export runs once for all files that a test makes of one kind of part."""
+    made, export_program = {}, programs.export_program
+
+    def export(part: parts.Part):
+        if type(part) not in made:
+            made[type(part)] = export_program(part)
+        return made[type(part)]
+
+    monkeypatch.setattr(programs, 'export_program', export)
 
 
 ONE_STAGE = dict(  # for time: symbolic ratios take torch long
@@ -96,6 +130,7 @@ def test_backbone_at_sizes_that_are_not_the_examples(options, tmp_path):
     assert half.stat().st_size < path.stat().st_size
     programs.to_pt2(program, pt2)
     assert worst(pt2, 'torch') < 1e-5
+    assert pt2.stat().st_size < 1e6  # so without the example
     operators = dict(programs.count_operators(path))
     assert operators['Softmax'] == operators['Gelu'] == sum(part.backbone.arch['depths'])
     if not options:
@@ -125,17 +160,20 @@ def test_means_over_regions_as_products(size, ratio):
 
 
 @pytest.mark.parametrize('as_node', [False, True])
-def test_frozen_sizes_are_named(as_node):
-    """149 and 181 are a grid of the example; 64 might be a number of channels."""
-    shape = onnx.numpy_helper.from_array(np.int64([-1, 64, 149 * 181]), 'shape')
+@pytest.mark.parametrize('grid', [(174, 201), (11, 13)], ids=['stride 8', 'stride 128'])
+def test_frozen_sizes_are_named(as_node, grid):
+    """A grid of the example; 64 might be a number of channels."""
+    frozen = grid[0] * grid[1]
+    shape = onnx.numpy_helper.from_array(np.int64([-1, 64, frozen]), 'shape')
     nodes = [onnx.helper.make_node('Reshape', ['x', 'shape'], ['y'], 'to_tokens')]
     if as_node:
         nodes.insert(0, onnx.helper.make_node('Constant', [], ['shape'],
                                               value=shape))
     graph = onnx.helper.make_graph(nodes, 'g', [], [],
                                    [] if as_node else [shape])
-    found = list(programs.frozen_sizes(onnx.helper.make_model(graph)))
-    assert found == ["Reshape 'to_tokens': 26969"]
+    model = onnx.helper.make_model(graph)
+    assert list(programs.frozen_sizes(model)) == [f"Reshape 'to_tokens': {frozen}"]
+    assert not list(programs.frozen_sizes(model, {frozen}))
 
 
 def segmentor_config(head: dict, neck=None) -> Config:
@@ -156,16 +194,24 @@ def segmentor_config(head: dict, neck=None) -> Config:
 UPERNET = dict(type='UPerHead', in_channels=[8, 16], pool_scales=(1, 2, 3))
 
 
-def test_segmentor_with_stock_head(tmp_path):
-    part = choose.choose_part(
-        randomise(build_model(segmentor_config(UPERNET))), 'model')
-    rows = verify.largest_differences(
-        part, as_onnx(part, tmp_path / 'x.onnx'), 'onnxruntime',
-        [(1, 97, 161), (3, 64, 40)])
-    assert max(row['difference'] for row in rows) < 1e-4
+@pytest.mark.parametrize('name', ['UPerNet', 'RetinaNet'])
+def test_logits_and_dense_detections_in_every_runtime(name, tmp_path):
+    config = (segmentor_config(UPERNET) if name == 'UPerNet' else
+              detector_config(Path('data')))
+    part = choose.choose_part(randomise(build_model(config)), 'model')
+    assert part.outputs == dict(UPerNet=['logits'], RetinaNet=[
+        'cls_score0', 'cls_score1', 'bbox_pred0', 'bbox_pred1'])[name]
+    path, pt2 = tmp_path / 'x.onnx', tmp_path / 'x.pt2'
+    program = programs.export_program(part)
+    programs.to_onnx(program, part, path)
+    programs.to_pt2(program, pt2)
+    for file, runtime in ((path, 'onnxruntime'), (path, 'openvino'), (pt2, 'torch')):
+        rows = verify.largest_differences(
+            part, file, runtime, [(1, 97, 161), (3, 64, 40)])
+        assert max(row['difference'] for row in rows) < 1e-4, runtime
 
 
-def test_segmentor_by_three_ways(digits, tmp_path):
+def test_segmentor_by_three_ways(digits, tmp_path, traced_once):
     """Semantic FPN: verified at other sizes, and the framework's masks on images."""
     config = segmentor_config(
         dict(type='FPNHead', in_channels=[8, 8], feature_strides=[4, 8]),
@@ -178,11 +224,14 @@ def test_segmentor_by_three_ways(digits, tmp_path):
             dict(type='PackSegInputs')]))
     config.test_pipeline = config.test_dataloader.dataset.pipeline
     paths = save(randomise(build_model(config)), config, tmp_path, tuple('abcde'))
-    run('tools/export.py', *paths, tmp_path / 'x.onnx', '--verify')
-    run_without_torch('tools/infer_onnx.py', tmp_path / 'x.onnx', images, '--out',
-                      tmp_path / 'onnx')
-    run('tools/infer.py', *paths, images, '--out', tmp_path / 'stock', '--device',
-        'cpu', '--batch-size', 3)
+    run('export', *paths, tmp_path / 'x.onnx', '--verify')
+    report = run('export', *paths, tmp_path / 'half.onnx', '--half', '--verify')
+    assert '| 3     | 97' in report and ' Cast' in report
+    half, whole = (tmp_path / f'{name}.onnx' for name in ('half', 'x'))
+    assert half.stat().st_size < .9 * whole.stat().st_size
+    run_without_torch('tools/infer_onnx.py', whole, images, '--out', tmp_path / 'onnx')
+    run('infer', *paths, images, '--out', tmp_path / 'stock', '--device', 'cpu',
+        '--batch-size', 3)
     found, expected = predictions(tmp_path / 'onnx'), predictions(tmp_path / 'stock')
     assert found.keys() == expected.keys() and len(found) == 4
     assert len(set().union(*(x['shares'] for x in expected.values()))) > 2
@@ -214,6 +263,68 @@ def test_weights_beyond_float16_are_named(tmp_path):
     path = as_onnx(part, tmp_path / 'x.onnx')
     with pytest.raises(ValueError, match='module.weight.*1e[+]06'):
         programs.halve_weights(path)
+
+
+def test_what_int8_cannot_calibrate_is_refused_before_the_export(digits, tmp_path):
+    config = detector_config(digits)
+    paths = save(build_model(config), config, tmp_path, tuple('0123456789'))
+    images, out = digits / 'images/val', tmp_path / 'x.onnx'
+    with mock.patch.object(programs, 'export_program', side_effect=AssertionError):
+        with pytest.raises(SystemExit, match='dense detection: expected one of '
+                           'detection, .*--part end-to-end'):
+            run('export', *paths, out, '--int8', images)
+        with pytest.raises(SystemExit, match=f'{tmp_path / "none"}: no images there'):
+            (tmp_path / 'none').mkdir()
+            run('export', *paths, out, '--int8', tmp_path / 'none', '--part',
+                'end-to-end')
+        config.test_dataloader.dataset.pipeline.insert(2, dict(type='mmdet.Pad'))
+        config.dump(paths[0])
+        with pytest.raises(SystemExit, match='test pipeline: Pad: expected Resize, '):
+            run('export', *paths, out, '--int8', images, '--part', 'end-to-end')
+
+
+def test_a_file_that_cannot_be_finished_is_not_left(tmp_path):
+    path = tmp_path / 'x.onnx'
+
+    def write(*args) -> None:
+        path.write_bytes(b'in float32')
+
+    with mock.patch.object(programs, 'to_onnx', write), mock.patch.object(
+            programs, 'halve_weights', side_effect=ValueError('too large')):
+        with pytest.raises(ValueError, match='too large'):
+            TOOLS['export'].write_onnx(None, None, path, {}, True, [])
+    assert not path.exists()
+
+
+def test_steps_that_infer_onnx_does_not_know_are_refused():
+    """Left out, they would make its predictions others than the framework's."""
+    class Crop:
+        pass
+
+    steps = metadata.preparation(Config(dict(test_dataloader=dict(dataset=dict(
+        pipeline=[dict(type='LoadImageFromFile'), dict(type='mmdet.Resize', scale=32),
+                  dict(type='Resize', scale_factor=2.), dict(type=Crop, size=3),
+                  dict(type='CenterCrop', crop_size=5),
+                  dict(type='mmdet.PackDetInputs')])))))
+    assert [step['type'] for step in steps] == ['Resize', 'Resize', 'Crop', 'CenterCrop']
+    assert TOOLS['infer_onnx'].unknown_steps(steps) == ['Resize', 'Crop']
+    about = dict(task='"classification"', resize=json.dumps(steps))
+    with mock.patch.object(TOOLS['infer_onnx'], 'start_onnxruntime',
+                           lambda path: (None, about)):
+        with pytest.raises(SystemExit, match='x.onnx: test pipeline: Resize, Crop: '):
+            TOOLS['infer_onnx'].Model(Path('x.onnx'))
+
+
+def test_masks_of_many_classes_do_not_wrap():
+    logits = np.zeros((1, 300, 2, 3), np.float32)
+    logits[0, 290, 0], logits[0, 34, 1] = 1, 1  # 290 is 34 in a byte
+    model = mock.Mock(**{'name.side_effect': str})
+    shares, mask = TOOLS['infer_onnx'].segmentation(
+        model, np.zeros((2, 3, 3), np.uint8), [logits], (2, 3))
+    assert mask.tolist() == [[290] * 3, [34] * 3]
+    assert shares == dict(shares={'34': .5, '290': .5})
+    assert TOOLS['infer_onnx'].segmentation(
+        model, mask, [logits[:, :9]], (2, 3))[1].dtype == np.uint8
 
 
 def detector_config(digits: Path) -> Config:
@@ -251,7 +362,11 @@ def as_dets(result: dict) -> tuple:
 def run_without_torch(script: str, *argv) -> str:
     code = ("import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
             "runpy.run_path(sys.argv[0], run_name='__main__')")
-    return run('-c', code, script, *argv)
+    result = subprocess.run(
+        [sys.executable, '-c', code, *map(str, (script, *argv))], cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout[-4000:]
+    return result.stdout
 
 
 def test_linear_layers_in_int8_are_nearly_the_same(tmp_path):
@@ -319,7 +434,7 @@ def test_attention_is_pytorchs(mask, scale, tmp_path):
         scale == 1)
 
 
-def test_detector_end_to_end_finds_the_frameworks_boxes(digits, tmp_path):
+def test_detector_end_to_end_finds_the_frameworks_boxes(digits, tmp_path, traced_once):
     config = detector_config(digits)
     model = build_model(config)
     model.init_weights()
@@ -332,30 +447,41 @@ def test_detector_end_to_end_finds_the_frameworks_boxes(digits, tmp_path):
     model.bbox_head.retina_reg.weight.data.mul_(.1)
     paths = save(model, config, tmp_path, tuple('0123456789'))
     path, images = tmp_path / 'detector.onnx', digits / 'images/val'
-    report = run('tools/export.py', *paths, path, '--part', 'end-to-end', '--verify')
+    # Options may stand between the paths.
+    report = run('export', paths[0], '--part', 'end-to-end', paths[1], '--verify', path)
     assert '1 NonMaxSuppression' in report and '| 3     | 97' in report
+    report = run('export', *paths, path.with_suffix('.pt2'), '--part', 'end-to-end',
+                 '--verify')
+    assert 'difference of torch' in report and '| 3     | 97' in report
 
     run_without_torch(
         'tools/infer_onnx.py', path, images, '--out', tmp_path / 'onnx')
-    report = run('tools/infer.py', *paths, f'{images}/*.png', '--out',
-                 tmp_path / 'stock', '--batch-size', '3', '--device', 'cpu')
+    report = run('infer', *paths, f'{images}/*.png', '--out', tmp_path / 'stock',
+                 '--batch-size', '3', '--device', 'cpu')
     assert '4 images' in report
-    report = run_without_torch(
-        'tools/infer_onnx.py', path, images, '--out', tmp_path / 'openvino',
-        '--runtime', 'openvino', '--annotations', digits / 'annotations/val.json')
+    report = run('infer_onnx', path, images, '--out', tmp_path / 'openvino',
+                 '--runtime', 'openvino', '--annotations',
+                 digits / 'annotations/val.json')
     assert 'Average Precision  (AP) @[ IoU=0.50:0.95' in report
     found, expected = predictions(tmp_path / 'onnx'), predictions(tmp_path / 'stock')
     assert predictions(tmp_path / 'openvino').keys() == found.keys()
     assert found.keys() == expected.keys() and len(found) == 4
+    # The tool lets OpenVINO compute in bfloat16; this is float32.
+    model, openvino = TOOLS['infer_onnx'].Model(path), verify.load(path, 'openvino')
     for name, stock in expected.items():
         assert 5 < len(stock['scores']) and len(set(stock['labels'])) > 1
-        assert verify.nearest_boxes(
-            *as_dets(found[name]), *as_dets(stock)).max() < 1e-4
+        image = cv2.imread(str(images / name))
+        inputs, size = model.prepare(image)
+        outputs = openvino(*(torch.from_numpy(x) for x in inputs.values()))
+        by_openvino, _ = TOOLS['infer_onnx'].detection(
+            model, image, [x.numpy() for x in outputs], size)
+        for boxes in (found[name], by_openvino):
+            assert verify.nearest_boxes(*as_dets(boxes), *as_dets(stock)).max() < 1e-4
         for kind in ('onnx', 'stock'):
             assert (tmp_path / kind / 'pictures' / name).stat().st_size
 
 
-def test_classifier_by_three_ways(digits, tmp_path):
+def test_classifier_by_three_ways(digits, tmp_path, traced_once):
     images = digits / 'classes/val'
     config = digits_config(digits)
     config.model.backbone = dict(BACKBONE, out_indices=(1, ))
@@ -369,19 +495,30 @@ def test_classifier_by_three_ways(digits, tmp_path):
     model = randomise(build_model(config))
     paths = save(model, config, tmp_path, tuple('abcdefghij'))
     file = sorted(images.rglob('*.png'))[3]
-    run('tools/export.py', *paths, tmp_path / 'x.onnx')
+    whole, int8 = tmp_path / 'x.onnx', tmp_path / 'int8.onnx'
+    report = run('export', *paths, whole, '--verify')
+    assert 'difference of onnxruntime' in report and '| 3     | 97' in report
+    report = run('export', *paths, int8, '--int8', images)
+    assert int(re.search(r'(\d+) linear layers in int8', report)[1]) > 5
+    assert ' QuantizeLinear' in report
     run_without_torch(
-        'tools/infer_onnx.py', tmp_path / 'x.onnx', file, '--out', tmp_path / 'onnx')
+        'tools/infer_onnx.py', whole, file, '--out', tmp_path / 'onnx')
+    run('infer_onnx', int8, file, '--out', tmp_path / 'int8')
     (tmp_path / 'images').mkdir()
     (tmp_path / f'images/{file.name}').write_bytes(file.read_bytes())
+    cv2.imwrite(str(tmp_path / f'images/{file.stem}.jpg'), cv2.imread(str(file)))
     (tmp_path / 'images/broken.jpg').write_bytes(b'no image')
-    report = run('tools/infer.py', *paths, tmp_path / 'images', '--out',
-                 tmp_path / 'stock', '--device', 'cpu')
+    report = run('infer', *paths, tmp_path / 'images', '--out', tmp_path / 'stock',
+                 '--device', 'cpu')
     assert 'images/broken.jpg' in report and '1 files skipped' in report
-    ours, stock = (predictions(tmp_path / x)[file.name] for x in ('onnx', 'stock'))
+    ours, rounded, stock = (predictions(tmp_path / x)[file.name]
+                            for x in ('onnx', 'int8', 'stock'))
     assert ours['label'] == stock['label'] and ours['label'] in 'abcdefghij'
     assert ours['score'] == pytest.approx(stock['score'], rel=1e-4)
-    assert (tmp_path / f'stock/pictures/{file.name}').stat().st_size
+    assert rounded['score'] != ours['score'] == pytest.approx(rounded['score'], abs=.1)
+    # Pictures of files that differ in the suffix alone are apart.
+    assert {path.name for path in (tmp_path / 'stock/pictures').iterdir()} == {
+        file.name, f'{file.stem}.jpg.png'}
 
 
 @pytest.mark.parametrize('tool', ['export', 'infer', 'infer_onnx'])

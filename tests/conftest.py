@@ -1,3 +1,4 @@
+import functools
 import importlib.util
 import os
 import re
@@ -9,12 +10,18 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import mmengine.config.utils
 import pytest
 import torch
 
 # The shell scripts take python from the PATH.
 os.environ['PATH'] = os.pathsep.join(
     [str(Path(sys.executable).parent), os.environ['PATH']])
+
+
+# mmengine reads all metafiles of a toolbox, half a second, for every base of it.
+mmengine.config.utils.load = functools.lru_cache(maxsize=None)(
+    mmengine.config.utils.load)
 
 
 @pytest.fixture

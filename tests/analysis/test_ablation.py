@@ -62,7 +62,7 @@ def test_grid_is_trained_once_resumed_and_summarised(grid, monkeypatch):
     lavit, identity, twin, uniform = (rows[name] for name in names)
     assert identity['maps'] > twin['maps']
     assert identity['params'] < min(lavit['params'], twin['params'])
-    assert uniform['va_entropy'] == pytest.approx(1) > twin['va_entropy']
+    assert 1 - uniform['va_entropy'] < 1e-6 < 1 - twin['va_entropy']
     assert uniform['params'] == twin['params']
 
     # Cut off between the last checkpoint and its validation: only tested.

@@ -1,7 +1,9 @@
 # docker build -t mmlavit .                           for the CPU
 # docker build -t mmlavit --build-arg DEVICE=cuda .   for GPUs
-# docker run --rm -it [--gpus all] --shm-size 8g mmlavit bash tools/demo.sh
+# docker run --rm -it --shm-size 8g mmlavit bash tools/demo.sh    GPUs: --gpus all
+# docker run --rm -it --shm-size 8g mmlavit bash tools/test.sh
 #
+# docs/installation.md says more. Tests parse this file; it was not built there.
 # The CUDA release is torch's own (requirements/lock.txt, cuda-toolkit), since
 # mmcv's ops are compiled here.
 ARG DEVICE=cpu

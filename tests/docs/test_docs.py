@@ -128,6 +128,8 @@ def check_command(words: List[str]) -> None:
         check_pins(words)
     elif program == 'pytest':
         check_tests(words)
+    elif program == 'docker':
+        check_docker(words)
     elif words[0] == '-c':
         compile(words[1], 'command', 'exec')
     elif '.mim' in words[0]:
@@ -150,6 +152,16 @@ def check_tool(script: str, words: List[str]) -> None:
     else:
         known = options(script)
     assert given <= known, f'{script} has no {given - known}'
+
+
+def check_docker(words: List[str]) -> None:
+    """Arguments of the Dockerfile, and what is run in the container."""
+    known = re.findall(r'^ARG (\w+)', (ROOT / 'Dockerfile').read_text(), re.M)
+    for option, value in zip(words, words[1:]):
+        assert option != '--build-arg' or value.split('=')[0] in known, value
+    assert words[0] in ('build', 'run') and 'mmlavit' in words, words
+    if words[0] == 'run':
+        check_command(words[words.index('mmlavit') + 1:])
 
 
 def check_variable(variable: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import mmengine.config.utils
 import pytest
 import torch
+from mmengine.visualization import Visualizer
 
 # The shell scripts take python from the PATH.
 os.environ['PATH'] = os.pathsep.join(
@@ -67,6 +68,14 @@ def device(request) -> str:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def own_visualizers():
+    """Else a training writes where one of the same name did, in another test."""
+    yield
+    for kind in (Visualizer, *Visualizer.__subclasses__()):
+        kind._instance_dict.clear()
 
 
 # What an environment made with TOOLBOXES=mmpretrain lacks; elsewhere nothing.

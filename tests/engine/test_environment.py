@@ -76,7 +76,7 @@ def test_mmcv_lite_is_enough_for_a_classifier():
 import importlib.metadata, sys
 real = importlib.metadata.distribution
 importlib.metadata.distribution = lambda name: real(
-    'mmengine' if name == 'mmcv-lite' else name)
+    'torch' if name == 'mmcv-lite' else name)
 sys.modules['mmcv._ext'] = None
 import mmlavit
 from mmpretrain.registry import MODELS

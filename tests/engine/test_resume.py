@@ -13,6 +13,7 @@ from builders import (RANDOM_IMAGES, assert_same, digits_config, make_runner,
 from mmengine.evaluator import BaseMetric
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import METRICS
+from mmengine.runner.loops import _InfiniteDataloaderIterator
 
 from mmlavit.engine.checkpoint_hook import CheckpointHook
 from mmlavit.engine.optim import merge_checkpoint
@@ -66,6 +67,8 @@ def random_config(digits: Path, workers: int = 0, by_iter: bool = False,
 @pytest.mark.parametrize('workers, by_iter', [
     (0, False), (2, False), (0, True), (2, True)])
 def test_random_numbers_go_on_where_they_were(workers, by_iter, digits, tmp_path):
+    if workers and by_iter and hasattr(_InfiniteDataloaderIterator, 'skip_iter'):
+        pytest.skip("OneDL's mmengine skips batches without loading them")
     config = random_config(digits, workers, by_iter)
     whole = train(config, tmp_path / 'whole')
     first = 'iter_2.pth' if by_iter else 'epoch_1.pth'

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
-from mmdet.models.backbones import PyramidVisionTransformerV2
 from torch import Tensor, nn
 
 from mmlavit import LaViT
@@ -152,6 +151,7 @@ def train(model: nn.Module, run: Run, data: Data, held_out: Data,
 
 
 def stock(num_classes: int) -> Classifier:
+    from mmdet.models.backbones import PyramidVisionTransformerV2
     torch.manual_seed(0)
     backbone = PyramidVisionTransformerV2(
         embed_dims=ARCH['embed_dims'][0], num_layers=ARCH['depths'],

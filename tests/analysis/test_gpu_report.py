@@ -63,6 +63,7 @@ def test_results_are_kept_and_what_is_missing_is_said(tmp_path, monkeypatch, cap
 
 
 def test_a_part_has_a_process_with_a_time_and_a_log(tmp_path):
+    pytest.importorskip('mmcv._ext')
     assert gpu_report.run_part('operators', SMALL, tmp_path, 1e3).startswith('done')
     assert gpu_report.result_path(tmp_path, 'operators').is_file()
     assert gpu_report.run_part('no such part', SMALL, tmp_path, 1e3).startswith(

@@ -92,12 +92,16 @@ class Detections(Part):
         Returns:
             tuple[Tensor]: Scores and labels (B, n), anchors and deltas (B, n, 4).
         """
+        # Of grids with a row and a column more, for grids of one row would be a case of
+        # their own to torch.export.
         levels = self.head.prior_generator.grid_priors(
-            [x.shape[2:] for x in cls_scores],
+            [(x.shape[2] + 1, x.shape[3] + 1) for x in cls_scores],
             dtype=cls_scores[0].dtype,
             device=cls_scores[0].device)
         found = []
-        for cls_score, bbox_pred, anchors in zip(cls_scores, bbox_preds, levels):
+        for cls_score, bbox_pred, anchors, per_cell in zip(
+                cls_scores, bbox_preds, levels,
+                self.head.prior_generator.num_base_priors):
             scores = cls_score.permute(0, 2, 3, 1).flatten(1).sigmoid()
             scores = torch.where(scores > self.cfg.score_thr, scores, 0)
             # Small maps have fewer: topk takes a fixed number.
@@ -105,9 +109,10 @@ class Detections(Part):
                 self.cfg.nms_pre)
             best = torch.where(scores > 0, best, 0)
             anchor = best // self.head.cls_out_channels
+            row = anchor // (cls_score.shape[3] * per_cell)
             deltas = bbox_pred.permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, 4))
             found.append((scores, best % self.head.cls_out_channels,
-                          anchors[anchor],
+                          anchors[anchor + row * per_cell],
                           deltas.gather(1, anchor[..., None].expand(-1, -1, 4))))
         return tuple(torch.cat(x, 1) for x in zip(*found))
 

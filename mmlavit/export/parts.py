@@ -41,7 +41,8 @@ class BackboneMaps(Part):
         self.outputs = [f'map{i}' for i in model.backbone.out_indices]
 
     def example(self, batch: int, height: int, width: int) -> Tuple[Tensor, ...]:
-        return (torch.rand(batch, self.backbone.in_channels, height, width), )
+        channels = getattr(self.backbone, 'in_channels', 3)  # stock classes have none
+        return (torch.rand(batch, channels, height, width), )
 
     def forward(self, images: Tensor) -> Tuple[Tensor, ...]:
         return self.backbone(images)

@@ -481,6 +481,47 @@ def test_detector_end_to_end_finds_the_frameworks_boxes(digits, tmp_path, traced
             assert (tmp_path / kind / 'pictures' / name).stat().st_size
 
 
+def test_levels_of_one_row_are_no_case_of_their_own(tmp_path):
+    """Else a .pt2 file would refuse images smaller than the coarsest stride."""
+    config = detector_config(Path('data'))
+    config.model.bbox_head.anchor_generator.strides = [64, 128]
+    detector = choose.choose_part(build_model(config), 'end-to-end')
+    classes, anchors = detector.head.cls_out_channels, detector.head.num_base_priors
+
+    class Candidates(parts.Part):
+        task, outputs = 'backbone', ['scores', 'labels', 'anchors', 'deltas']
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scores, self.deltas = (nn.ModuleList(
+                nn.Conv2d(3, anchors * each, 1, stride) for stride in (64, 128))
+                for each in (classes, 4))
+
+        def forward(self, x):
+            return detector.candidates(*([conv(x) for conv in convs]
+                                         for convs in (self.scores, self.deltas)))
+
+    part, pt2 = Candidates().requires_grad_(False), tmp_path / 'x.pt2'
+    programs.to_pt2(programs.export_program(part), pt2)
+    rows = verify.largest_differences(part, pt2, 'torch', [(1, 33, 35), (2, 65, 300)])
+    assert max(row['difference'] for row in rows) == 0
+
+
+def test_less_attention_in_a_vit_exports_for_any_size(tmp_path):
+    """As the stock class does."""
+    from mmlavit.models.backbones.la_vit import LessAttentionViT
+    model = nn.Module()
+    model.backbone = randomise(LessAttentionViT(
+        dict(embed_dims=12, num_layers=3, num_heads=3, feedforward_channels=24),
+        img_size=64, out_type='featmap', la_layers=(1, 2)))
+    model.backbone.eval()  # which returns nothing
+    part = choose.choose_part(model, 'backbone')
+    rows = verify.largest_differences(
+        part, as_onnx(part, tmp_path / 'x.onnx'), 'onnxruntime', [
+            (1, 64, 64), (2, 65, 130), (3, 128, 80)])  # the first is the base grid's
+    assert max(row['difference'] for row in rows) < 1e-5
+
+
 def test_classifier_by_three_ways(digits, tmp_path, traced_once):
     images = digits / 'classes/val'
     config = digits_config(digits)

@@ -23,7 +23,9 @@ def choose_part(model: nn.Module, part: str) -> Part:
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for task in tasks_of(model, part):
-        return task(model).eval()
+        chosen = task(model).eval()
+        chosen.divisor = getattr(getattr(model, 'backbone', None), 'size_divisor', 1)
+        return chosen
     raise ValueError(
         f'export: part={part!r}: {type(model).__name__} has no such part: expected '
         "'backbone', 'model' of an image classifier, an encoder-decoder segmentor "

@@ -45,8 +45,9 @@ class Detections(Part):
         self.cfg = cfg
 
     def example(self, batch: int, height: int, width: int) -> Tuple[Tensor, ...]:
-        shapes = torch.tensor([height, width]).expand(batch, 2)
-        return torch.rand(batch, 3, height, width), shapes.float().contiguous()
+        images, = super().example(batch, height, width)
+        shapes = torch.tensor(images.shape[2:]).expand(batch, 2)
+        return images, shapes.float().contiguous()
 
     def numbers(self) -> Set[int]:
         return super().numbers() | {self.head.cls_out_channels}

@@ -17,14 +17,20 @@ class Part(nn.Module):
             or 'detection'; a runtime sees it in the file's metadata.
         inputs (Sequence[str]): Names of the inputs.
         outputs (Sequence[str]): Names of the outputs.
+        divisor (int): What the sides of images must be multiples of. Default: 1.
     """
     task: str
+    divisor: int = 1
     inputs: Sequence[str] = ('images', )
     outputs: Sequence[str]
 
     def example(self, batch: int, height: int, width: int) -> Tuple[Tensor, ...]:
-        """Random inputs of that size."""
-        return (torch.rand(batch, 3, height, width), )
+        """Random inputs of that size, or of the next that fits."""
+        return (torch.rand(batch, 3, *self.fitting(height, width)), )
+
+    def fitting(self, *sides: int) -> Tuple[int, ...]:
+        """The next multiples of ``divisor``."""
+        return tuple(-(-side // self.divisor) * self.divisor for side in sides)
 
     def numbers(self) -> Set[int]:
         """What may stand in a graph by right: the sizes of the weights."""
@@ -42,7 +48,7 @@ class BackboneMaps(Part):
 
     def example(self, batch: int, height: int, width: int) -> Tuple[Tensor, ...]:
         channels = getattr(self.backbone, 'in_channels', 3)  # stock classes have none
-        return (torch.rand(batch, channels, height, width), )
+        return (torch.rand(batch, channels, *self.fitting(height, width)), )
 
     def forward(self, images: Tensor) -> Tuple[Tensor, ...]:
         return self.backbone(images)

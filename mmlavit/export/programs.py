@@ -1,7 +1,7 @@
 """Parts of models to programs (torch.export), and programs to ONNX."""
 import warnings
 from pathlib import Path
-from typing import Dict, Iterable, List, Optional, Set, Tuple
+from typing import Dict, Iterable, List, Optional, Sequence, Set, Tuple
 
 import torch
 from torch.export import Dim, ExportedProgram
@@ -11,7 +11,7 @@ from .parts import Part
 OPSET = 20  # the first with Gelu
 # None of its grids' sides or areas is a usual number of channels, so that one that
 # stands in a graph is a frozen size. Tensors of this size are never computed.
-EXAMPLE = (3, 1387, 1607)
+EXAMPLE = (3, 1367, 1607)
 STRIDES = (1, 4, 8, 16, 32, 64, 128)
 # Sides below it are axes of one element somewhere, which a graph treats otherwise.
 LEAST_SIDE = 33
@@ -30,6 +30,9 @@ def export_program(part: Part) -> ExportedProgram:
                            'torch.compiler.is_exporting; 2.11 is what was tried')
     images, *others = part.example(*EXAMPLE)
     any_size = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    if part.divisor > 1:
+        any_size.update((axis, part.divisor * Dim(name, min=2))
+                        for axis, name in ((2, 'rows'), (3, 'columns')))
     shapes = (any_size, *({0: Dim.AUTO} for _ in others))
     with torch.no_grad():
         return torch.export.export(
@@ -70,7 +73,7 @@ def to_onnx(program: ExportedProgram, part: Part, path: Path,
     optimizer.remove_unused_nodes(made.model)
     model = made.model_proto
     name_sizes(model)
-    frozen = list(frozen_sizes(model, part.numbers()))
+    frozen = list(frozen_sizes(model, part.fitting(*EXAMPLE[1:]), part.numbers()))
     if frozen:
         raise RuntimeError('export: these nodes hold a size of the example: '
                            + '; '.join(frozen[:5]))
@@ -107,17 +110,19 @@ def name_sizes(model) -> None:
     del model.graph.value_info[:]
 
 
-def frozen_sizes(model, known: Set[int] = frozenset()) -> Iterable[str]:
-    """Nodes of the graph that take a size of `EXAMPLE` as a constant.
+def frozen_sizes(model, sides: Sequence[int] = EXAMPLE[1:],
+                 known: Set[int] = frozenset()) -> Iterable[str]:
+    """Nodes of the graph that take a size of the example as a constant.
 
     A frozen batch is not seen, for 3 may be any number.
 
     Args:
         model (onnx.ModelProto): The graph.
+        sides (Sequence[int]): The example's height and width.
         known (Set[int]): Numbers of the model's own, as of its classes.
     """
     from onnx.numpy_helper import to_array
-    grids = [[-(-side // stride) for side in EXAMPLE[1:]] for stride in STRIDES]
+    grids = [[-(-side // stride) for side in sides] for stride in STRIDES]
     sizes = {n for h, w in grids for n in (h, w, h * w)}
     sizes = {n for n in sizes if n > LEAST_SIDE} - known
     constants = {x.name: to_array(x) for x in model.graph.initializer

@@ -54,7 +54,8 @@ def largest_differences(
         part (Part): What the file was made of.
         path (Path): The file.
         runtime (str): What runs it; see `load`.
-        sizes (Sequence[tuple[int, int, int]]): Batch, height and width in pixels.
+        sizes (Sequence[tuple[int, int, int]]): Batch, height and width in pixels; the
+            next that fit the part.
         boxes (float): The share of a detector's boxes that is compared, the nearest.
             With rounded weights NMS keeps another of two boxes of almost the same
             score here and there, and the other one has no match. Defaults to 1.
@@ -75,7 +76,8 @@ def largest_differences(
                 (relative_difference(*pair), name)
                 for *pair, name in zip(expected, got, part.outputs, strict=True)]
         worst, output = max(differences)
-        rows.append(dict(size=size, difference=worst, output=output))
+        rows.append(dict(size=(size[0], *inputs[0].shape[2:]), difference=worst,
+                         output=output))
     return rows
 
 

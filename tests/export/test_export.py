@@ -160,7 +160,7 @@ def test_means_over_regions_as_products(size, ratio):
 
 
 @pytest.mark.parametrize('as_node', [False, True])
-@pytest.mark.parametrize('grid', [(174, 201), (11, 13)], ids=['stride 8', 'stride 128'])
+@pytest.mark.parametrize('grid', [(171, 201), (11, 13)], ids=['stride 8', 'stride 128'])
 def test_frozen_sizes_are_named(as_node, grid):
     """A grid of the example; 64 might be a number of channels."""
     frozen = grid[0] * grid[1]
@@ -173,7 +173,7 @@ def test_frozen_sizes_are_named(as_node, grid):
                                    [] if as_node else [shape])
     model = onnx.helper.make_model(graph)
     assert list(programs.frozen_sizes(model)) == [f"Reshape 'to_tokens': {frozen}"]
-    assert not list(programs.frozen_sizes(model, {frozen}))
+    assert not list(programs.frozen_sizes(model, known={frozen}))
 
 
 def segmentor_config(head: dict, neck=None) -> Config:
@@ -191,7 +191,7 @@ def segmentor_config(head: dict, neck=None) -> Config:
             test_cfg=dict(mode='whole'))))
 
 
-UPERNET = dict(type='UPerHead', in_channels=[8, 16], pool_scales=(1, 2, 3))
+UPERNET = dict(type='UPerHead', in_channels=[8, 16], pool_scales=(1, 3))
 
 
 @pytest.mark.parametrize('name', ['UPerNet', 'RetinaNet'])
@@ -507,18 +507,36 @@ def test_levels_of_one_row_are_no_case_of_their_own(tmp_path):
     assert max(row['difference'] for row in rows) == 0
 
 
-def test_less_attention_in_a_vit_exports_for_any_size(tmp_path):
-    """As the stock class does."""
+def vit() -> nn.Module:
     from mmlavit.models.backbones.la_vit import LessAttentionViT
+    return LessAttentionViT(
+        dict(embed_dims=12, num_layers=2, num_heads=3, feedforward_channels=24),
+        img_size=64, out_type='featmap', la_layers=(1, ))
+
+
+def pvt() -> nn.Module:
+    """With less attention where keys are reduced, so for multiples of 32 alone."""
+    from mmlavit.models.backbones.la_pvt import LessAttentionPVT
+    return LessAttentionPVT(
+        pretrain_img_size=64, embed_dims=6, num_stages=1, num_layers=[2],
+        num_heads=[1], strides=[4], sr_ratios=[8], patch_sizes=[4], mlp_ratios=[2],
+        paddings=[0], out_indices=(0, ), la_layers=[1])
+
+
+@pytest.mark.parametrize('make, sizes', [
+    (vit, [(1, 64, 64), (2, 65, 130), (3, 128, 80)]),
+    (pvt, [(1, 64, 64), (2, 96, 160), (3, 128, 96)])], ids=['ViT', 'PVT'])
+def test_less_attention_exports_for_any_size(make, sizes, tmp_path):
+    """As the stock class does; the first size is the base grid's."""
     model = nn.Module()
-    model.backbone = randomise(LessAttentionViT(
-        dict(embed_dims=12, num_layers=3, num_heads=3, feedforward_channels=24),
-        img_size=64, out_type='featmap', la_layers=(1, 2)))
+    model.backbone = randomise(make())
     model.backbone.eval()  # which returns nothing
     part = choose.choose_part(model, 'backbone')
     rows = verify.largest_differences(
         part, as_onnx(part, tmp_path / 'x.onnx'), 'onnxruntime', [
-            (1, 64, 64), (2, 65, 130), (3, 128, 80)])  # the first is the base grid's
+            (batch, height - 3, width) if make is pvt else (batch, height, width)
+            for batch, height, width in sizes])
+    assert [row['size'] for row in rows] == sizes
     assert max(row['difference'] for row in rows) < 1e-5
 
 

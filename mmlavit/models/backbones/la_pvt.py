@@ -1,5 +1,7 @@
 """Less attention in mmdet's PVT."""
+import itertools
 import math
+import operator
 from contextlib import ExitStack
 from typing import Hashable, List, Optional, Sequence, Tuple
 
@@ -28,13 +30,17 @@ class PVTLayer(ScoredLayer, PVTEncoderLayer):
 
     def grids_of(self, x: Tensor, hw_shape: Tuple[int, int]) -> Grids:
         ratio = self.attn.sr_ratio
-        if self.role.kind == 'LA' or self.role.gives or self.observers:
+        if self.has_whole_regions() or self.observers:
             require(
                 not any(side % ratio for side in hw_shape), self.role.name, hw_shape,
                 f'a grid of tokens whose sides are multiples of sr_ratio={ratio}, for '
                 'PVT leaves out what is over and such tokens are no key\'s. Pad images '
                 'to a multiple of 32, as data_preprocessor.pad_size_divisor=32 does')
         return Grids(tuple(hw_shape), ratio)
+
+    def has_whole_regions(self) -> bool:
+        """Whether each token must be in the region of a key."""
+        return self.role.kind == 'LA' or self.role.gives
 
     def transform(self) -> nn.Module:
         return self.attn.attn
@@ -280,6 +286,15 @@ class LessAttentionPVT(MapBackbone, PyramidVisionTransformer):
     def maps_have_norms(self) -> bool:
         """As `MapBackbone`."""
         return False
+
+    @property
+    def size_divisor(self) -> int:
+        """What the sides of images must be multiples of; 1 without LA layers."""
+        strides = itertools.accumulate(self.strides, operator.mul)
+        return math.lcm(*(
+            stride * layer.attn.sr_ratio
+            for stride, (_, layers, _) in zip(strides, self.layers) for layer in layers
+            if isinstance(layer, PVTLayer) and layer.has_whole_regions()))
 
     def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
         """The stock's maps, as the tuple that mmpretrain's necks and heads ask for."""

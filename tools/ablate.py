@@ -1,15 +1,18 @@
 """Which part of LaViT does what: a grid of variants under one budget.
 
     python tools/ablate.py CONFIG DATA --epochs 30 --seeds 0 1 2 --size 64
+    python tools/ablate.py configs/retinanet_lavit_digits.py --only LaViT "no DP loss"
 
-Trains every variant (``--only`` chooses) with every seed through mmpretrain on DATA, a
-folder with ``train/CLASS/*`` and ``val/CLASS/*`` or ``test/CLASS/*``. CONFIG is a
-classification config of LaViT, of which the model is taken, with the DP loss where it
-has none; images are resized, and for training cropped and flipped. What is done is
-skipped, what was cut off resumed. Writes to OUT:
+Trains every variant (``--only`` chooses) with every seed and tests it. CONFIG is of a
+classifier, detector or segmentor with LaViT that trains by epochs; the DP loss is on
+where the config has none. With DATA, a folder with ``train/CLASS/*`` and ``val/CLASS/*``
+or ``test/CLASS/*``, CONFIG is a classifier's, of which the model is taken; images are
+resized, and for training cropped and flipped. The learning rate warms up in 50 steps and
+falls along a cosine. What is done is skipped, what was cut off resumed. Writes to OUT:
 
-    ablation.md, .csv   accuracy (mean and spread over seeds), parameters, MACs, time
-                        of a training step, similarity of attention maps and tokens
+    ablation.md, .csv   top-1, AP or mIoU (mean and spread over seeds), parameters, MACs,
+                        time of a training step, similarity of attention maps and tokens,
+                        entropy of the maps layer by layer
     ablation.png        accuracy and similarity
 
 A small data set says little about ImageNet: the table names its data and budget.
@@ -24,7 +27,8 @@ VARIANTS = ('LaViT', 'no DP loss', 'DP loss, bounded', 'DP loss, margin 1',
             'DP loss, paper form',
             'identity', 're-attention', 'low-rank mixing', 'no residual',
             'LA one stage earlier', 'LA stages only', 'all VA (the twin)',
-            'uniform maps (a control)')
+            'PVTv2 of these widths', 'uniform in the place of LA', 'uniform everywhere',
+            'ResNet')
 
 
 def plot(summaries: List[dict], scale: str, path: Path) -> None:
@@ -34,15 +38,15 @@ def plot(summaries: List[dict], scale: str, path: Path) -> None:
     axes = fig.subplots(1, 3, sharey=True)
     names = [row['variant'] for row in summaries]
     for ax, (key, title) in zip(axes, (
-        ('top1', 'top-1, % (mean, std over seeds)'),
+        ('score', f'{summaries[0]["metric"]}, % (mean, std over seeds)'),
         ('maps', 'attention maps: cosine to the layer before'),
         ('tokens', 'tokens: mean pairwise cosine'))):
         values = [row[key] or 0 for row in summaries]
         errors = [row['spread'] or 0 for row in summaries]
-        ax.barh(names, values, xerr=errors if key == 'top1' else None,
+        ax.barh(names, values, xerr=errors if key == 'score' else None,
                 color=['#3b6ea5' if name == 'LaViT' else '#a9bdd2'
                        for name in names])
-        ax.set_xlim(left=max(0, min(values) - (5 if key == 'top1' else .1)))
+        ax.set_xlim(left=max(0, min(values) - (5 if key == 'score' else .1)))
         ax.set_title(title, fontsize=11)
         ax.grid(axis='x', alpha=.3)
     axes[0].invert_yaxis()
@@ -58,7 +62,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         'config', type=Path, help='e.g. configs/lavit_t_in1k.py')
     parser.add_argument(
-        'data', type=Path, help='folder of images; e.g. data/digits/classes')
+        'data', type=Path, nargs='?',
+        help="folder of images; default: the config's data; e.g. data/digits/classes")
     parser.add_argument(
         '--out', type=Path, default=Path('work_dirs/ablation'), metavar='DIR',
         help='folder that is written to; default: %(default)s; e.g. --out '
@@ -66,24 +71,25 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--only', nargs='+', choices=VARIANTS, default=VARIANTS,
         metavar='VARIANT',
-        help=f'some of: {"; ".join(VARIANTS)}; default: all; e.g. --only LaViT '
-        '"no DP loss"')
+        help=f'some of: {"; ".join(VARIANTS)} (a control, on DATA alone); default: '
+        'all; e.g. --only LaViT "no DP loss"')
     parser.add_argument(
         '--seeds', type=int, nargs='+', default=[0, 1, 2], metavar='SEED',
         help='a training of every variant for each; default: 0 1 2; e.g. '
         '--seeds 0')
     parser.add_argument(
-        '--epochs', type=int, default=30, metavar='N',
-        help='of every training; default: %(default)s; e.g. --epochs 100')
+        '--epochs', type=int, metavar='N',
+        help="of every training; default: 30 on DATA, else the config's; e.g. "
+        '--epochs 100')
     parser.add_argument(
         '--size', type=int, default=64, metavar='PIXELS',
-        help='side of the images; default: %(default)s; e.g. --size 32')
+        help='side of the images of DATA; default: %(default)s; e.g. --size 32')
     parser.add_argument(
         '--batch-size', type=int, default=64, metavar='N',
-        help='images of a step; default: %(default)s; e.g. --batch-size 128')
+        help='images of a step on DATA; default: %(default)s; e.g. --batch-size 128')
     parser.add_argument(
-        '--lr', type=float, default=1e-3,
-        help="highest learning rate of AdamW; default: %(default)s; e.g. "
+        '--lr', type=float,
+        help="highest learning rate; default: 1e-3 on DATA, else the config's; e.g. "
         '--lr 5e-4')
     parser.add_argument(
         '--workers', type=int, default=2, metavar='N',
@@ -91,21 +97,28 @@ def parse_args() -> argparse.Namespace:
         '%(default)s; e.g. --workers 8')
     parser.add_argument(
         '--no-augment', action='store_true',
-        help='training images as they are; default: cropped and flipped at random; '
-        'e.g. --no-augment')
+        help='training images of DATA as they are; default: cropped and flipped at '
+        'random; e.g. --no-augment')
     parser.add_argument(
         '--analysed-images', type=int, default=256, metavar='N',
         help='of the validation, for the similarities; default: %(default)s; e.g. '
         '--analysed-images 64')
     args = parser.parse_args()
-    if not (args.data / 'train').is_dir():
-        parser.error(f'{args.data}: expected a folder with train/CLASS/* and '
-                     'val/CLASS/* or test/CLASS/*')
-    if not any(path.is_dir() for path in (args.data / 'train').iterdir()):
-        parser.error(f'{args.data}/train: no folders in it, expected one a class')
     if not args.config.is_file():
         parser.error(f'{args.config}: no such config')
+    if args.data is not None:
+        check_data(parser, args.data)
+        args.epochs, args.lr = args.epochs or 30, args.lr or 1e-3
     return args
+
+
+def check_data(parser: argparse.ArgumentParser, data: Path) -> None:
+    """Ends with an error unless it is a folder of class folders."""
+    if not (data / 'train').is_dir():
+        parser.error(f'{data}: expected a folder with train/CLASS/* and val/CLASS/* or '
+                     'test/CLASS/*')
+    if not any(path.is_dir() for path in (data / 'train').iterdir()):
+        parser.error(f'{data}/train: no folders in it, expected one a class')
 
 
 def main() -> None:
@@ -113,27 +126,35 @@ def main() -> None:
     # After parsing: it takes seconds, which --help need not wait for.
     from tqdm import tqdm
 
-    from mmlavit.analysis.ablation import (Grid, require_classifier, summarise,
+    from mmengine.config import Config
+
+    from mmlavit.analysis.ablation import (Grid, check_config, entropy_rows, summarise,
                                            table_rows, train)
     from mmlavit.analysis.report import markdown_table, write_csv
     logging.disable(logging.INFO)
-    grid = Grid(args.config, args.data, args.out, args.epochs, args.size,
-                args.batch_size, args.lr, args.workers, not args.no_augment)
-    runs = [(variant, seed) for seed in args.seeds for variant in args.only]
+    # It has no maps for necks that take four.
+    only = [name for name in args.only if name != 'ResNet' or args.data is not None]
+    runs = [(variant, seed) for seed in args.seeds for variant in only]
     progress = tqdm(runs, 'training', disable=None)
     try:
-        require_classifier(args.config)
+        check_config(args.config, args.data)
+        epochs = args.epochs or Config.fromfile(args.config).train_cfg.max_epochs
+        grid = Grid(args.config, args.out, epochs, args.data, args.lr, args.workers,
+                    args.size, args.batch_size, not args.no_augment)
         for i, (variant, seed) in enumerate(progress, 1):
             progress.set_postfix_str(f'{variant}, seed {seed}')
-            top1 = train(grid, variant, seed)
-            tqdm.write(f'[{i}/{len(runs)}] {variant}, seed {seed}: {top1:.1f} %')
+            score = train(grid, variant, seed)
+            tqdm.write(f'[{i}/{len(runs)}] {variant}, seed {seed}: {score:.1f} %')
     except (RuntimeError, ValueError) as error:
         sys.exit(str(error))
     summaries = [summarise(grid, variant, args.seeds, args.analysed_images)
-                 for variant in tqdm(args.only, 'analysing', disable=None)]
-    title = (f'{grid.describe()}, AdamW {args.lr:g}, seeds '
-             f'{" ".join(map(str, args.seeds))}. Not an ImageNet result.')
-    text = f'{title}\n\n{markdown_table(table_rows(summaries))}\n'
+                 for variant in tqdm(only, 'analysing', disable=None)]
+    title = (f'{grid.describe()}, seeds {" ".join(map(str, args.seeds))}. Not an '
+             'ImageNet result.')
+    text = '\n\n'.join([
+        title, markdown_table(table_rows(summaries)),
+        'Entropy of the attention maps, 1: uniform, 0: a single key.',
+        markdown_table(entropy_rows(summaries))]) + '\n'
     (args.out / 'ablation.md').write_text(text)
     write_csv(summaries, args.out / 'ablation.csv')
     plot(summaries, grid.describe(), args.out / 'ablation.png')

@@ -14,10 +14,11 @@ each model's speed over the first one's (the median of the rounds' ratios, and t
 path of a config whose backbone is taken, a registered class with its arguments, as
 ``"mmdet.ResNet(depth=101)"``, or one of
 
-    LaViT-T  LaViT-S  LaViT-B  LaViT-T-twin  LaViT-S-twin  LaViT-B-twin
-    LaViT-S-keys14  LaViT-S-pooled  LaViT-S-keys14-pooled  LaViT-S-keys14-twin
-    LaViT-S-factored  LaViT-S-materialised  PVT-S  PVTv2-B1  PVTv2-B2  PVTv2-B3
-    Swin-T  Swin-S  ConvNeXt-T  ResNet-50                     # the toolboxes' own
+    LaViT-N  LaViT-T  LaViT-S  LaViT-B  LaViT-N-twin  LaViT-T-twin  LaViT-S-twin
+    LaViT-B-twin  LaViT-S-keys14  LaViT-S-pooled  LaViT-S-keys14-pooled
+    LaViT-S-keys14-twin  LaViT-S-factored  LaViT-S-materialised
+    PVT-S  PVTv2-B0  PVTv2-B1  PVTv2-B2  PVTv2-B3  Swin-T  Swin-S  ConvNeXt-T
+    ResNet-50  MobileNetV2                                    # the toolboxes' own
     EfficientViT-B2  Twins-SVT-S  ResNet-50-timm  FastViT-SA24  ConvNeXt-T-timm
     EfficientFormerV2-L  Hiera-T  NextViT-S  CAFormer-S18  MambaOut-T  Swin-T-timm
     PVTv2-B2-timm  TinyViT-21M                                # timm's

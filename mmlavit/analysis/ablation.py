@@ -1,7 +1,5 @@
 """Which part of LaViT does what: a grid of variants under one budget."""
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
@@ -18,7 +16,8 @@ from .complexity import count_macs
 from .logs import read_scalars
 from .measures import Similarity
 from .report import number
-from .runs import Run, read_run
+from .training import last_checkpoint, metric_of, progress, set_schedule
+from .training import train as train_config
 
 
 def one_earlier(depths: List[int], va: List[int]) -> List[int]:
@@ -55,48 +54,61 @@ VARIANTS: Dict[str, dict] = {
     'LA stages only': dict(num_va_layers=stages_only),
     'all VA (the twin)': dict(num_va_layers=all_va, attn_residual=False,
                               dp_loss=None),
-    'uniform maps (a control)': dict(num_va_layers=all_va, attn_residual=False,
-                                     dp_loss=None),
+    'PVTv2 of these widths': dict(num_va_layers=all_va, attn_residual=False,
+                                  trunk_norm=False, dp_loss=None),
+    # Controls: how much of an accuracy is due to attention?
+    'uniform in the place of LA': dict(num_va_layers=all_va, attn_residual=False,
+                                       dp_loss=None),
+    'uniform everywhere': dict(num_va_layers=all_va, attn_residual=False,
+                               dp_loss=None),
+    'ResNet': dict(_delete_=True, type='ResNet', depth=18, base_channels=16,
+                   stem_channels=16, out_indices=(3, )),
 }
-UNIFORM = 'uniform maps (a control)'
+RESNET_CHANNELS = 128  # of its last map
 
 
 @HOOKS.register_module()
 class UniformMaps(Hook):
-    """Holds Q at zero, so that every token attends to all alike.
+    """Holds Q at zero in some layers, so that every token attends to all alike.
 
-    Shows how much of an accuracy is due to attention.
+    Args:
+        num_va_layers (Sequence[int]): How many layers of each stage keep their maps.
     """
 
+    def __init__(self, num_va_layers: Sequence[int]) -> None:
+        self.num_va_layers = num_va_layers
+
     def before_train(self, runner) -> None:
-        for name, parameter in runner.model.named_parameters():
-            if '.attn.q.' in name:
-                nn.init.zeros_(parameter).requires_grad_(False)
+        for stage, kept in zip(runner.model.backbone.stages, self.num_va_layers):
+            for block in stage.blocks[kept:]:
+                for parameter in block.attn.q.parameters():
+                    nn.init.zeros_(parameter).requires_grad_(False)
 
 
 class Grid(NamedTuple):
     """What all variants have in common.
 
     Args:
-        config (Path): A classification config of LaViT, of which the model is taken.
-        data (Path): A folder with ``train/CLASS/*`` and ``val/CLASS/*`` or
-            ``test/CLASS/*``.
+        config (Path): Of a model with LaViT. It trains by epochs.
         out (Path): What is written is in its folder ``runs``.
         epochs (int): Of every training.
-        size (int): Side of the images in pixels.
-        batch_size (int): Of training and validation.
-        lr (float): Highest learning rate of AdamW.
+        data (Path, optional): For a classifier, a folder with ``train/CLASS/*`` and
+            ``val/CLASS/*`` or ``test/CLASS/*``, instead of the config's data.
+        lr (float, optional): Highest learning rate of the optimizer. Default: None,
+            the config's.
         workers (int): Processes that load images.
-        augments (bool): Crops and flips training images at random.
+        size (int): Side of the images of ``data`` in pixels.
+        batch_size (int): Of training and validation on ``data``.
+        augments (bool): Crops and flips training images of ``data`` at random.
     """
     config: Path
-    data: Path
     out: Path
-    epochs: int = 30
+    epochs: int
+    data: Optional[Path] = None
+    lr: Optional[float] = None
+    workers: int = 2
     size: int = 64
     batch_size: int = 64
-    lr: float = 1e-3
-    workers: int = 2
     augments: bool = True
 
     def work_dir(self, variant: str, seed: int) -> Path:
@@ -106,40 +118,59 @@ class Grid(NamedTuple):
 
     def describe(self) -> str:
         """What every figure here is of."""
+        if self.data is None:
+            return f'{self.config.stem}, {self.epochs} epochs'
         return (f'{self.data.name} at {self.size} px, {self.epochs} epochs, '
                 f'batch {self.batch_size}')
 
 
-def require_classifier(path: Path) -> None:
-    """Raises ValueError unless it is the config of a classifier."""
-    if Config.fromfile(path).get('default_scope') != 'mmpretrain':
+def check_config(path: Path, data: Optional[Path]) -> None:
+    """Raises ValueError unless `make_config` can work on it."""
+    config = Config.fromfile(path)
+    if data is not None and config.get('default_scope') != 'mmpretrain':
         raise ValueError(f"{path}: expected a classifier's config "
-                         "(default_scope='mmpretrain')")
+                         f"(default_scope='mmpretrain') for the class folders of {data}")
+    if config.model.get('backbone', {}).get('type') != 'LaViT':
+        raise ValueError(f'{path}: expected a model whose backbone is LaViT')
+    if 'max_epochs' not in config.train_cfg:
+        raise ValueError(f'{path}: expected a config that trains by epochs '
+                         '(train_cfg with max_epochs)')
 
 
 def make_config(grid: Grid, variant: str, seed: int) -> Config:
     """The grid's config with the variant, the data and the budget."""
     config = Config.fromfile(grid.config)
-    set_backbone(config.model.backbone, variant, grid.size)
-    set_data(config, grid)
-    set_schedule(config, grid)
-    if variant == UNIFORM:
+    arch = arch_of(config.model.backbone)
+    set_backbone(config.model, variant, arch)
+    if grid.data is not None:
+        set_data(config, grid)
+    for loader in (config.train_dataloader, config.val_dataloader):
+        loader.update(num_workers=grid.workers, persistent_workers=grid.workers > 0)
+    set_schedule(config, grid.epochs)
+    if grid.lr is not None:
+        config.optim_wrapper.optimizer.lr = grid.lr
+    if variant.startswith('uniform'):
         config.custom_imports.imports = [*config.custom_imports.imports, __name__]
-        config.custom_hooks = [*config.custom_hooks, dict(type='UniformMaps')]
+        kept = (arch['num_va_layers'] if variant == 'uniform in the place of LA' else
+                [0] * len(arch['depths']))
+        config.custom_hooks = [*config.custom_hooks,
+                               dict(type='UniformMaps', num_va_layers=kept)]
     config.randomness = dict(seed=seed)
-    config.work_dir = str(grid.work_dir(variant, seed))
     return config
 
 
-def set_backbone(backbone: dict, variant: str, size: int) -> None:
+def set_backbone(model: dict, variant: str, arch: dict) -> None:
     """A variant's; with the DP loss where the config has none."""
-    arch = arch_of(backbone)
-    if backbone.get('dp_loss') is None:
-        backbone.dp_loss = dict()
-    for key, value in VARIANTS[variant].items():
-        backbone[key] = (value(arch['depths'], arch['num_va_layers'])
-                         if callable(value) else value)
-    backbone.pretrain_img_size = size
+    change = dict(VARIANTS[variant])
+    if change.pop('_delete_', False):
+        model.backbone = change
+        model.head.in_channels = RESNET_CHANNELS
+        return
+    if model.backbone.get('dp_loss') is None:
+        model.backbone.dp_loss = dict()
+    for key, value in change.items():
+        model.backbone[key] = (value(arch['depths'], arch['num_va_layers'])
+                               if callable(value) else value)
 
 
 def arch_of(backbone: dict) -> dict:
@@ -154,6 +185,8 @@ def set_data(config: Config, grid: Grid) -> None:
     if not val.is_dir():
         val = grid.data / 'test'
     classes = sorted(path.name for path in train.iterdir() if path.is_dir())
+    if config.model.backbone.type == 'LaViT':
+        config.model.backbone.pretrain_img_size = grid.size
     config.model.head.num_classes = len(classes)
     config.model.train_cfg = None
     config.data_preprocessor.num_classes = len(classes)
@@ -168,8 +201,7 @@ def set_data(config: Config, grid: Grid) -> None:
         ('val_dataloader', val, [*load, *pack])):
         config[loader].pop('dataset')  # update() would merge into it
         config[loader].update(
-            batch_size=grid.batch_size, num_workers=grid.workers,
-            persistent_workers=grid.workers > 0,
+            batch_size=grid.batch_size,
             dataset=dict(type='CustomDataset', data_root=str(root),
                          classes=classes, pipeline=pipeline))
     config.test_dataloader = config.val_dataloader
@@ -177,66 +209,10 @@ def set_data(config: Config, grid: Grid) -> None:
         type='Accuracy', topk=(1, ))
 
 
-def set_schedule(config: Config, grid: Grid) -> None:
-    """Warm-up and cosine; one validation, at the end."""
-    config.train_cfg = dict(by_epoch=True, max_epochs=grid.epochs,
-                            val_interval=grid.epochs)
-    config.param_scheduler = [
-        dict(type='LinearLR', start_factor=1e-3, by_epoch=False, end=50),
-        dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True,
-             end=grid.epochs, convert_to_iter_based=True)
-    ]
-    config.optim_wrapper.optimizer.lr = grid.lr
-    config.default_hooks.logger.interval = 10
-    config.default_hooks.checkpoint = dict(
-        type='CheckpointHook', interval=1, max_keep_ckpts=1)
-
-
 def train(grid: Grid, variant: str, seed: int) -> float:
-    """Trains a variant; what is there of the same configuration is resumed.
-
-    Returns:
-        float: Top-1 after the last epoch, in per cent.
-
-    Raises:
-        ValueError: If another configuration was trained there.
-        RuntimeError: If the training fails, naming its log.
-    """
-    config, work_dir = make_config(grid, variant, seed), grid.work_dir(
-        variant, seed)
-    work_dir.mkdir(parents=True, exist_ok=True)
-    # Beside the work directory: mmengine writes one of its own into it.
-    path, text = work_dir.with_suffix('.py'), config.pretty_text
-    if path.is_file() and path.read_text() != text:
-        raise ValueError(f'{work_dir} is of another configuration or budget: '
-                         'give another --out, or remove it')
-    path.write_text(text)
-    log = work_dir / 'train.log'
-    if not progress(config, work_dir).complete:
-        launch('train', [path, '--work-dir', work_dir, '--resume'], log)
-    run = progress(config, work_dir)
-    if run.complete and not run.figures:
-        # It was cut off between the last checkpoint and its validation.
-        last = work_dir / f'epoch_{grid.epochs}.pth'
-        launch('test', [path, last, '--work-dir', work_dir / 'test'], log)
-    top1 = progress(config, work_dir).figures.get('top1')
-    if top1 is None:
-        raise RuntimeError(f'{variant}, seed {seed}: training failed; see '
-                           f'{work_dir}/train.log. Run this again to go on.')
-    return top1
-
-
-def progress(config: Config, work_dir: Path) -> Run:
-    """Of a training, with its top-1 in per cent."""
-    return read_run(config, work_dir, dict(top1='accuracy/top1'))
-
-
-def launch(task: str, arguments: Sequence, log: Path) -> None:
-    """Trains or tests in a process of its own; the work directory tells the end."""
-    code = f'from mmlavit.launch import main; main({task!r})'
-    with open(log, 'a') as file:
-        subprocess.run([sys.executable, '-c', code, *map(str, arguments)],
-                       stdout=file, stderr=subprocess.STDOUT)
+    """Trains a variant, as `mmlavit.analysis.training.train`; its metric in per cent."""
+    return train_config(make_config(grid, variant, seed),
+                        grid.work_dir(variant, seed))
 
 
 @torch.no_grad()
@@ -249,18 +225,19 @@ def analyse(grid: Grid, variant: str, seed: int, images: int) -> dict:
     config, work_dir = make_config(grid, variant, seed), grid.work_dir(
         variant, seed)
     model = build_model(config).eval()
-    load_checkpoint(model, str(work_dir / f'epoch_{grid.epochs}.pth'),
+    load_checkpoint(model, str(last_checkpoint(config, work_dir)),
                     map_location='cpu')
     similarity = Similarity()
     # Shuffled, so that a few batches hold all classes.
     config.val_dataloader.sampler.shuffle = True
-    for i, data in enumerate(Runner.build_dataloader(
-            config.val_dataloader, seed=0)):
-        if i * grid.batch_size >= images:
-            break
+    seen = 0
+    for data in Runner.build_dataloader(config.val_dataloader, seed=0):
         inputs = model.data_preprocessor(data, training=False)['inputs']
         with similarity.observe(model):
             model.backbone(inputs)
+        seen += len(inputs)
+        if seen >= images:
+            break
     layers = similarity.result()['layers']
     # The same layers in every variant: those that are VA in the grid's config.
     base = arch_of(Config.fromfile(grid.config).model.backbone)
@@ -270,7 +247,7 @@ def analyse(grid: Grid, variant: str, seed: int, images: int) -> dict:
              if 'loss' in line]
     return dict(
         params=sum(p.numel() for p in model.parameters()) / 1e6,
-        macs=count_macs(model, (grid.size, grid.size)) / 1e9,
+        macs=count_macs(model, tuple(inputs.shape[-2:])) / 1e9,
         step=1000 * statistics.median(steps),
         maps=mean([x['map_similarity_to_previous'] for x in layers]),
         va_maps=mean([x['map_similarity_to_previous']
@@ -279,7 +256,8 @@ def analyse(grid: Grid, variant: str, seed: int, images: int) -> dict:
         entropy=mean([x['entropy'] for x, va in zip(layers, is_va) if not va]),
         va_entropy=mean([x['entropy'] for x, va in zip(layers, is_va) if va]),
         asymmetry=mean([x['asymmetry'] for x in layers]),
-        diagonal=mean([x['diagonal_largest'] for x in layers]))
+        diagonal=mean([x['diagonal_largest'] for x in layers]),
+        entropies=[x['entropy'] for x in layers])
 
 
 def mean(values: list) -> Optional[float]:
@@ -291,32 +269,44 @@ def mean(values: list) -> Optional[float]:
 def summarise(grid: Grid, variant: str, seeds: Sequence[int],
               images: int) -> dict:
     """A variant's figures, means over its trainings."""
-    top1 = [
-        progress(make_config(grid, variant, seed),
-                 grid.work_dir(variant, seed)).figures['top1'] for seed in seeds
-    ]
+    config = make_config(grid, variant, seeds[0])
+    scores = [progress(config, grid.work_dir(variant, seed)).figures['score']
+              for seed in seeds]
     runs = [analyse(grid, variant, seed, images) for seed in seeds]
+    entropies = zip(*(run.pop('entropies') for run in runs))
     return dict(
-        variant=variant, scale=grid.describe(), seeds=len(top1),
-        top1=statistics.fmean(top1),
-        spread=statistics.stdev(top1) if len(top1) > 1 else None,
-        **{key: mean([run[key] for run in runs]) for key in runs[0]})
+        variant=variant, scale=grid.describe(), seeds=len(scores),
+        metric=metric_of(config).title, score=statistics.fmean(scores),
+        spread=statistics.stdev(scores) if len(scores) > 1 else None,
+        **{key: mean([run[key] for run in runs]) for key in runs[0]},
+        entropies=[mean(layer) for layer in entropies])
 
 
 # Titles and digits of the table's columns.
 COLUMNS = dict(
-    top1=('top-1, %', 1), spread=('± (std over seeds)', 1), params=('params, M', 2),
-    macs=('MACs, G', 3), step=('training step, ms', 0), maps=('map similarity', 3),
-    va_maps=('of the VA layers', 3), tokens=('token similarity', 3),
-    entropy=('entropy of LA layers', 3), va_entropy=('of VA layers', 3),
-    asymmetry=('asymmetry', 3), diagonal=('diagonal largest', 3))
+    score=('{metric}, %', 1), spread=('± (std over seeds)', 1),
+    params=('params, M', 2), macs=('MACs, G', 3), step=('training step, ms', 0),
+    maps=('map similarity', 3), va_maps=('of the VA layers', 3),
+    tokens=('token similarity', 3), entropy=('entropy of LA layers', 3),
+    va_entropy=('of VA layers', 3), asymmetry=('asymmetry', 3),
+    diagonal=('diagonal largest', 3))
 
 
 def table_rows(summaries: List[dict]) -> List[dict]:
     """Summaries as rows of a table."""
     return [
         dict(variant=row['variant'], scale=row['scale'],
-             **{title: number(row[key], digits)
+             **{title.format(**row): number(row[key], digits)
                 for key, (title, digits) in COLUMNS.items()})
+        for row in summaries
+    ]
+
+
+def entropy_rows(summaries: List[dict]) -> List[dict]:
+    """Normalised entropy of the maps, layer by layer, as rows of a table."""
+    return [
+        dict(variant=row['variant'],
+             **{f'layer {i}': number(value, 2)
+                for i, value in enumerate(row['entropies'])})
         for row in summaries
     ]

@@ -26,8 +26,8 @@ def twin(arch: str, **kwargs) -> dict:
                  **kwargs)
 
 
-def pvtv2(layers: List[int]) -> dict:
-    return dict(type='mmdet.PyramidVisionTransformerV2', embed_dims=64,
+def pvtv2(layers: List[int], embed_dims: int = 64) -> dict:
+    return dict(type='mmdet.PyramidVisionTransformerV2', embed_dims=embed_dims,
                 num_layers=layers)
 
 
@@ -94,9 +94,11 @@ TIMM_PEERS: Dict[str, dict] = {
 SIZED = ('EfficientFormerV2-L', 'Hiera-T', 'Swin-T-timm')
 
 PEERS: Dict[str, dict] = {
+    'LaViT-N': lavit('nano'),
     'LaViT-T': lavit('tiny'),
     'LaViT-S': lavit('small'),
     'LaViT-B': lavit('base'),
+    'LaViT-N-twin': twin('nano'),
     'LaViT-T-twin': twin('tiny'),
     'LaViT-S-twin': twin('small'),
     'LaViT-B-twin': twin('base'),
@@ -109,6 +111,7 @@ PEERS: Dict[str, dict] = {
     'LaViT-S-materialised': lavit('small', score_path='materialised'),
     'PVT-S': dict(type='mmdet.PyramidVisionTransformer',
                   num_layers=[3, 4, 6, 3]),
+    'PVTv2-B0': pvtv2([2, 2, 2, 2], embed_dims=32),
     'PVTv2-B1': pvtv2([2, 2, 2, 2]),
     'PVTv2-B2': pvtv2([3, 4, 6, 3]),
     'PVTv2-B3': pvtv2([3, 4, 18, 3]),
@@ -117,6 +120,7 @@ PEERS: Dict[str, dict] = {
     'ConvNeXt-T': dict(type='mmpretrain.ConvNeXt', arch='tiny',
                        out_indices=(0, 1, 2, 3), gap_before_final_norm=False),
     'ResNet-50': dict(type='mmdet.ResNet', depth=50),
+    'MobileNetV2': dict(type='mmpretrain.MobileNetV2', out_indices=(1, 2, 4, 6)),
     **LESS_ATTENTION,
     **TIMM_PEERS,
 }

@@ -22,6 +22,12 @@ PVTV2 = dict(
     num_heads=(1, 2, 5, 8),
     attn_residual=False)
 ARCHS = dict(
+    # Our choice, by the rules of the others: for phones and CPUs.
+    nano=dict(
+        embed_dims=(32, 64, 128, 192),
+        num_heads=(1, 2, 4, 6),
+        depths=(2, 2, 4, 2),
+        num_va_layers=(2, 2, 1, 0)),
     tiny=dict(LAVIT, depths=(2, 2, 2, 2), num_va_layers=(2, 2, 1, 0)),
     small=dict(LAVIT, depths=(3, 4, 7, 3), num_va_layers=(3, 4, 2, 0)),
     base=dict(LAVIT, depths=(4, 5, 18, 3), num_va_layers=(4, 5, 3, 0)),

@@ -67,13 +67,13 @@ class LaViT(MapBackbone, BaseModule):
     any input size (see `mmlavit.models.layers`).
 
     Args:
-        arch (str | dict): 'tiny', 'small', 'base'; 'pvtv2_b0' to 'pvtv2_b5',
-            less attention in PVTv2's layout, which its weights fit; or a dict
-            with ``embed_dims``, ``depths``, ``num_heads`` and ``num_va_layers``,
-            and if need be ``mlp_ratios`` (default (4, 4, 4, 4)), ``strides``
-            (default (4, 2, 2, 2)) and ``patch_sizes`` (odd, at least the
-            strides, default (7, 3, 3, 3)), each with a value for every stage,
-            and the flags ``trunk_norm`` (default True) and ``attn_residual``
+        arch (str | dict): 'nano' (our choice), 'tiny', 'small', 'base';
+            'pvtv2_b0' to 'pvtv2_b5', less attention in PVTv2's layout, which its
+            weights fit; or a dict with ``embed_dims``, ``depths``, ``num_heads``
+            and ``num_va_layers``, and if need be ``mlp_ratios`` (default
+            (4, 4, 4, 4)), ``strides`` (default (4, 2, 2, 2)) and ``patch_sizes``
+            (odd, at least the strides, default (7, 3, 3, 3)), each with a value
+            for every stage, and the flags ``trunk_norm`` (default True) and ``attn_residual``
             (default True). Defaults to 'small'.
         in_channels (int): Channels of the input. Defaults to 3.
         pretrain_img_size (int): Input size in pixels that fixes the base grids

@@ -1,0 +1,103 @@
+"""The paper's three tables on made digits, with small networks, trained on a CPU."""
+import statistics
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Sequence
+
+from mmengine.config import Config
+
+from .building import build_model
+from .complexity import count_macs
+from .peers import lavit, twin
+from .report import number
+from .training import metric_of, progress, set_schedule, train
+
+
+class Network(NamedTuple):
+    """A backbone and the channels of its four maps."""
+    backbone: dict
+    channels: Sequence[int]
+
+
+# Of about LaViT-N's cost. PVT and PVTv2 are mmdet's classes without less attention, in
+# the form of ours that equals them, for mmpretrain's necks refuse mmdet's lists.
+NETWORKS: Dict[str, Network] = {
+    'LaViT-N': Network(lavit('nano', dp_loss=dict()), (32, 64, 128, 192)),
+    'LaViT-N, no DP loss': Network(lavit('nano'), (32, 64, 128, 192)),
+    'its all-VA twin': Network(twin('nano'), (32, 64, 128, 192)),
+    'PVT': Network(
+        dict(type='LessAttentionPVT', embed_dims=32, num_layers=[2, 2, 2, 2],
+             num_va_layers=(2, 2, 2, 2)), (32, 64, 160, 256)),
+    'PVTv2-B0': Network(
+        lavit('pvtv2_b0', num_va_layers=(2, 2, 2, 2)), (32, 64, 160, 256)),
+    'Swin': Network(
+        dict(type='mmpretrain.SwinTransformer', out_indices=(0, 1, 2, 3),
+             arch=dict(embed_dims=32, depths=[2, 2, 4, 2], num_heads=[1, 2, 4, 8])),
+        (32, 64, 128, 256)),
+    'ResNet-18, half the width': Network(
+        dict(type='mmdet.ResNet', depth=18, base_channels=32, norm_eval=False),
+        (32, 64, 128, 256)),
+}
+
+
+class Task(NamedTuple):
+    """A form of the data set."""
+    title: str
+    config: str  # in configs
+    size: int  # of the images, in pixels
+
+
+TASKS = dict(
+    classification=Task('classification', 'lavit_n_digits.py', 64),
+    detection=Task('RetinaNet', 'retinanet_lavit_n_digits.py', 160),
+    segmentation=Task('Semantic FPN', 'semantic_fpn_lavit_n_digits.py', 160))
+
+
+def make_config(configs: Path, task: str, network: str, seed: int) -> Config:
+    """The task's config with another backbone, from scratch, validated at the end."""
+    config = Config.fromfile(configs / TASKS[task].config)
+    backbone, channels = NETWORKS[network]
+    model = config.model
+    model.backbone = backbone
+    if 'in_channels' in model.neck:
+        model.neck.in_channels = list(channels)
+    else:
+        model.head.in_channels = channels[-1]
+    config.custom_imports.imports = ['mmlavit', 'mmlavit.models.backbones.la_pvt',
+                                     'mmdet.models', 'mmpretrain.models']
+    set_schedule(config, config.train_cfg.max_epochs)
+    config.randomness = dict(seed=seed)
+    return config
+
+
+def work_dir(out: Path, task: str, network: str, seed: int) -> Path:
+    """Of one training."""
+    name = ''.join(c if c.isalnum() else '_' for c in network)
+    return out / 'runs' / f'{task}-{name}-seed{seed}'
+
+
+def train_network(configs: Path, out: Path, task: str, network: str,
+                  seed: int) -> float:
+    """The metric in per cent; see `mmlavit.analysis.training.train`."""
+    return train(make_config(configs, task, network, seed),
+                 work_dir(out, task, network, seed))
+
+
+def make_row(configs: Path, out: Path, network: str, tasks: Sequence[str],
+             seeds: Sequence[int]) -> Dict[str, str]:
+    """A network's scores, means and standard deviations over seeds, and its cost."""
+    row = dict(network=network)
+    for task in tasks:
+        config = make_config(configs, task, network, seeds[0])
+        scores: List[float] = [
+            progress(config, work_dir(out, task, network, seed)).figures['score']
+            for seed in seeds]
+        spread = f' ± {statistics.stdev(scores):.1f}' if len(scores) > 1 else ''
+        model = build_model(config)
+        size = TASKS[task].size
+        row[f'{TASKS[task].title}: {metric_of(config).title}, %'] = (
+            f'{statistics.fmean(scores):.1f}{spread}')
+        row[f'{TASKS[task].title}: params, M'] = number(
+            sum(p.numel() for p in model.parameters()) / 1e6, 2)
+        row[f'{TASKS[task].title}: MACs, G'] = number(
+            count_macs(model, (size, size)) / 1e9, 2)
+    return row

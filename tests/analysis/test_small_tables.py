@@ -1,0 +1,57 @@
+"""The three small tables: their configs, without their trainings."""
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+
+from builders import BATCHES
+from mmlavit.analysis import training
+from mmlavit.analysis.building import build_model
+from mmlavit.analysis.complexity import count_macs
+from mmlavit.analysis.small_tables import (NETWORKS, TASKS, make_config, make_row,
+                                           train_network)
+
+CONFIGS = Path(__file__).parents[2] / 'configs'
+
+
+@pytest.mark.parametrize('task', TASKS)
+@pytest.mark.parametrize('network', NETWORKS)
+def test_every_network_learns_every_task(task, network):
+    config = make_config(CONFIGS, task, network, seed=0)
+    assert config.train_cfg.val_interval == config.train_cfg.max_epochs
+    model = build_model(config).train()
+    model.init_weights()
+    losses = model(**BATCHES[config.default_scope](model, (64, 64)), mode='loss')
+    loss, _ = model.parse_losses(losses)
+    loss.backward()
+    # The last map is of use: gradients reach the backbone's first weights.
+    first = next(p for p in model.backbone.parameters() if p.requires_grad)
+    assert first.grad.abs().sum() > 0
+    assert ('loss_dp' in losses) == (network == 'LaViT-N')
+
+
+def test_networks_cost_about_the_same():
+    costs = {name: count_macs(build_model(make_config(
+        CONFIGS, 'classification', name, 0)), (224, 224)) for name in NETWORKS}
+    assert max(costs.values()) < 1.35 * costs['LaViT-N'], costs
+    assert min(costs.values()) > costs['LaViT-N'] / 1.35, costs
+
+
+def test_trains_what_is_missing_and_reads_the_rest(tmp_path, monkeypatch):
+    """With a stand-in for the process that trains."""
+    launched = []
+
+    def listen(task, arguments, log):
+        launched.append(Config.fromfile(arguments[0]).randomness.seed)
+        folder = Path(arguments[arguments.index('--work-dir') + 1])
+        (folder / '1/vis_data').mkdir(parents=True)
+        (folder / '1/vis_data/scalars.json').write_text(
+            '{"mIoU": %d, "step": 6}' % (40 + 2 * launched[-1]))
+        (folder / 'last_checkpoint').write_text('epoch_6.pth')
+
+    monkeypatch.setattr(training, 'launch', listen)
+    arguments = CONFIGS, tmp_path, 'segmentation', 'LaViT-N'
+    assert [train_network(*arguments, seed) for seed in (0, 1, 0)] == [40, 42, 40]
+    assert launched == [0, 1]
+    row = make_row(CONFIGS, tmp_path, 'LaViT-N', ['segmentation'], [0, 1])
+    assert row['Semantic FPN: mIoU, %'] == '41.0 ± 1.4'

@@ -12,7 +12,7 @@ LaViT loads such weights by itself too, wherever a checkpoint is named.
 dropped, on up to 256 images of a folder, without labels; it prints the divergence of
 the maps before and after, on the fifth of the images that it does not fit to.
 
-With --arch tiny, small or base, whose last stage is narrower, it takes what fits.
+With --arch nano, tiny, small or base, whose last stage is narrower, it takes what fits.
 Layers that differ in number are spread evenly, tensors that differ in size are
 cropped, or keep their initial values where PVTv2's is smaller.
 
@@ -30,7 +30,7 @@ from pathlib import Path
 
 
 # As in mmlavit.models.backbones.arch, which takes seconds to import.
-ARCHS = ('tiny', 'small', 'base', *(f'pvtv2_b{i}' for i in range(6)))
+ARCHS = ('nano', 'tiny', 'small', 'base', *(f'pvtv2_b{i}' for i in range(6)))
 
 
 def parse_args() -> argparse.Namespace:

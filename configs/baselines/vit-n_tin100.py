@@ -13,16 +13,16 @@ model = dict(
     backbone=dict(
         type='VisionTransformer',
         arch=dict(
-            embed_dims=128,
+            embed_dims=96,
             num_layers=12,
-            num_heads=4,
-            feedforward_channels=256),
+            num_heads=3,
+            feedforward_channels=192),
         img_size=64,
         patch_size=8),
     head=dict(
         type='VisionTransformerClsHead',
         num_classes=100,
-        in_channels=128,
+        in_channels=96,
         loss=dict(type='CrossEntropyLoss', loss_weight=1.0)))
 optim_wrapper = dict(
     optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Dict, List, NamedTuple, Sequence
 
 from mmengine.config import Config
+from mmengine.utils import import_modules_from_strings
 
 from .building import build_model
 from .complexity import count_macs
@@ -31,6 +32,7 @@ NETWORKS: Dict[str, Network] = {
         lavit('pvtv2_b0', num_va_layers=(2, 2, 2, 2)), (32, 64, 160, 256)),
     'Swin': Network(
         dict(type='mmpretrain.SwinTransformer', out_indices=(0, 1, 2, 3),
+             pad_small_map=True,
              arch=dict(embed_dims=32, depths=[2, 2, 4, 2], num_heads=[1, 2, 4, 8])),
         (32, 64, 128, 256)),
     'ResNet-18, half the width': Network(
@@ -64,6 +66,7 @@ def make_config(configs: Path, task: str, network: str, seed: int) -> Config:
         model.head.in_channels = channels[-1]
     config.custom_imports.imports = ['mmlavit', 'mmlavit.models.backbones.la_pvt',
                                      'mmdet.models', 'mmpretrain.models']
+    import_modules_from_strings(**config.custom_imports)
     set_schedule(config, config.train_cfg.max_epochs)
     config.randomness = dict(seed=seed)
     return config

@@ -21,7 +21,11 @@ def test_every_network_learns_every_task(task, network):
     assert config.train_cfg.val_interval == config.train_cfg.max_epochs
     model = build_model(config).train()
     model.init_weights()
-    losses = model(**BATCHES[config.default_scope](model, (64, 64)), mode='loss')
+    batch = BATCHES[config.default_scope](model, (64, 64))
+    if task == 'segmentation':
+        for sample in batch['data_samples']:
+            sample.gt_sem_seg.data %= 11
+    losses = model(**batch, mode='loss')
     loss, _ = model.parse_losses(losses)
     loss.backward()
     # The last map is of use: gradients reach the backbone's first weights.

@@ -108,12 +108,13 @@ def test_rows_that_are_not_there_are_an_error():
 
 
 def test_missing_data_is_named(tmp_path):
-    for folder, config, message in (
-        ('', 'no.py', 'expected a folder with train/CLASS'),
-        ('train', 'no.py', 'expected one a class'),
+    config = ROOT / 'configs/lavit_t_in1k.py'
+    for folder, path, message in (
+        ('', config, 'expected a folder with train/CLASS'),
+        ('train', config, 'expected one a class'),
         ('train/cat', 'no.py', 'no such config')):
         (tmp_path / folder).mkdir(exist_ok=True)
-        assert message in run('ablate', config, tmp_path, code=2).stderr
+        assert message in run('ablate', path, tmp_path, code=2).stderr
 
 
 # What they write ------------------------------------------------------------
@@ -139,10 +140,11 @@ def test_ablation_trains_in_a_process_of_its_own(images, config, tmp_path):
                   '0', '--size', '32', '--batch-size', '4', '--workers', '0',
                   '--only', 'identity', '--analysed-images', '4').stdout
     row, = csv.DictReader(open(out / 'ablation.csv'))
-    assert row['variant'] == 'identity' and 0 <= float(row['top1']) <= 100
+    assert row['variant'] == 'identity' and 0 <= float(row['score']) <= 100
     table = (out / 'ablation.md').read_text()
     assert table in printed and 'Not an ImageNet result' in table
     assert table.count('images at 32 px, 1 epochs, batch 4') == 2
+    assert '| layer 0 |' in table
     assert cv2.imread(str(out / 'ablation.png')).std() > 10
 
 

@@ -3,7 +3,7 @@
 # docker run --rm -it --shm-size 8g mmlavit bash tools/demo.sh    GPUs: --gpus all
 # docker run --rm -it --shm-size 8g mmlavit bash tools/test.sh
 #
-# docs/installation.md says more. Tests parse this file; it was not built there.
+# docs/installation.md says more. Tests parse this file; nobody has built it yet.
 # The CUDA release is torch's own (requirements/lock.txt, cuda-toolkit), since
 # mmcv's ops are compiled here.
 ARG DEVICE=cpu

@@ -13,7 +13,7 @@ num_epochs = 6
 model = dict(
     data_preprocessor=dict(size=image_size),
     backbone=dict(arch='nano', pretrain_img_size=128, drop_path_rate=0.,
-                  init_cfg=None),
+                  dp_loss=None, init_cfg=None),
     neck=dict(in_channels=[32, 64, 128, 192], out_channels=64),
     decode_head=dict(
         in_channels=[64, 64, 64, 64],

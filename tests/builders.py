@@ -132,7 +132,7 @@ def segmentation_batch(model: nn.Module, size: tuple = (96, 128)) -> dict:
     samples = []
     for _ in range(2):
         sample = SegDataSample(metainfo=dict(img_shape=size, ori_shape=size))
-        mask = torch.randint(0, 150, (1, *size))
+        mask = torch.randint(0, model.decode_head.num_classes, (1, *size))
         mask[:, :8] = 255
         sample.gt_sem_seg = PixelData(data=mask)
         samples.append(sample)

@@ -8,11 +8,11 @@ classifier, detector or segmentor with LaViT that trains by epochs; the DP loss 
 where the config has none. With DATA, a folder with ``train/CLASS/*`` and ``val/CLASS/*``
 or ``test/CLASS/*``, CONFIG is a classifier's, of which the model is taken; images are
 resized, and for training cropped and flipped. The learning rate warms up in 50 steps and
-falls along a cosine. What is done is skipped, what was cut off resumed. Writes to OUT:
+falls along a cosine, whatever CONFIG has. Weights begin at random. What is done is skipped, what was cut off resumed. Writes to OUT:
 
     ablation.md, .csv   top-1, AP or mIoU (mean and spread over seeds), parameters, MACs,
-                        time of a training step, similarity of attention maps and tokens,
-                        entropy of the maps layer by layer
+                        time of a training step, similarity of attention maps and tokens;
+                        entropy, asymmetry and diagonals of the maps layer by layer
     ablation.png        accuracy and similarity
 
 A small data set says little about ImageNet: the table names its data and budget.
@@ -27,8 +27,7 @@ VARIANTS = ('LaViT', 'no DP loss', 'DP loss, bounded', 'DP loss, margin 1',
             'DP loss, paper form',
             'identity', 're-attention', 'low-rank mixing', 'no residual',
             'LA one stage earlier', 'LA stages only', 'all VA (the twin)',
-            'PVTv2 of these widths', 'uniform in the place of LA', 'uniform everywhere',
-            'ResNet')
+            'uniform in the place of LA', 'uniform everywhere', 'ResNet')
 
 
 def plot(summaries: List[dict], scale: str, path: Path) -> None:
@@ -106,9 +105,19 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if not args.config.is_file():
         parser.error(f'{args.config}: no such config')
+    for name in ('epochs', 'size', 'batch_size', 'lr'):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected '
+                         'more than 0')
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error(f'--seeds {" ".join(map(str, args.seeds))}: expected each once')
     if args.data is not None:
         check_data(parser, args.data)
         args.epochs, args.lr = args.epochs or 30, args.lr or 1e-3
+    else:  # ResNet has no maps for necks that take four
+        args.only = [name for name in args.only if name != 'ResNet']
+        if not args.only:
+            parser.error('--only ResNet: expected DATA with it')
     return args
 
 
@@ -119,6 +128,8 @@ def check_data(parser: argparse.ArgumentParser, data: Path) -> None:
                      'test/CLASS/*')
     if not any(path.is_dir() for path in (data / 'train').iterdir()):
         parser.error(f'{data}/train: no folders in it, expected one a class')
+    if not any((data / split).is_dir() for split in ('val', 'test')):
+        parser.error(f'{data}: expected val/CLASS/* or test/CLASS/* beside train')
 
 
 def main() -> None:
@@ -128,13 +139,11 @@ def main() -> None:
 
     from mmengine.config import Config
 
-    from mmlavit.analysis.ablation import (Grid, check_config, entropy_rows, summarise,
-                                           table_rows, train)
+    from mmlavit.analysis.ablation import (LAYER_MEASURES, Grid, check_config,
+                                           layer_rows, summarise, table_rows, train)
     from mmlavit.analysis.report import markdown_table, write_csv
     logging.disable(logging.INFO)
-    # It has no maps for necks that take four.
-    only = [name for name in args.only if name != 'ResNet' or args.data is not None]
-    runs = [(variant, seed) for seed in args.seeds for variant in only]
+    runs = [(variant, seed) for seed in args.seeds for variant in args.only]
     progress = tqdm(runs, 'training', disable=None)
     try:
         check_config(args.config, args.data)
@@ -148,13 +157,13 @@ def main() -> None:
     except (RuntimeError, ValueError) as error:
         sys.exit(str(error))
     summaries = [summarise(grid, variant, args.seeds, args.analysed_images)
-                 for variant in tqdm(only, 'analysing', disable=None)]
+                 for variant in tqdm(args.only, 'analysing', disable=None)]
     title = (f'{grid.describe()}, seeds {" ".join(map(str, args.seeds))}. Not an '
              'ImageNet result.')
-    text = '\n\n'.join([
-        title, markdown_table(table_rows(summaries)),
-        'Entropy of the attention maps, 1: uniform, 0: a single key.',
-        markdown_table(entropy_rows(summaries))]) + '\n'
+    parts = [title, markdown_table(table_rows(summaries))]
+    for measure, about in LAYER_MEASURES.items():
+        parts += [about, markdown_table(layer_rows(summaries, measure))]
+    text = '\n\n'.join(parts) + '\n'
     (args.out / 'ablation.md').write_text(text)
     write_csv(summaries, args.out / 'ablation.csv')
     plot(summaries, grid.describe(), args.out / 'ablation.png')

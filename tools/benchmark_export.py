@@ -5,9 +5,10 @@
 
 Exports LaViT for any size, and other models for the size that is measured. Then all
 models take turns in all runtimes, round by round, so that a change of the machine's speed
-meets all of them. Prints a Markdown table: median milliseconds of a
-batch and, in brackets, the speed over eager PyTorch with the same numbers (int8: over
-float32). MODEL is as for tools/benchmark.py: one of its names, a config, or a class.
+meets all of them. PyTorch's tensors have its default layout. Prints a Markdown table:
+median milliseconds of a batch, their 10th and 90th percentile, and the speed over eager
+PyTorch in the same precision (int8: over float32), the median of the rounds' ratios.
+MODEL is as for tools/benchmark.py: one of its names, a config, or a class.
 """
 import argparse
 import logging
@@ -18,7 +19,7 @@ from pathlib import Path
 DEFAULT = ('LaViT-S', 'LaViT-S-twin', 'PVTv2-B2', 'Swin-T', 'ConvNeXt-T',
            'ResNet-50')
 RUNTIMES = ('eager', 'compiled', 'onnxruntime', 'openvino')
-NUMBERS = ('float32', 'bfloat16', 'int8')
+DTYPES = ('float32', 'bfloat16', 'int8')
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,9 +33,9 @@ def parse_args() -> argparse.Namespace:
         '--runtimes', nargs='+', choices=RUNTIMES, default=RUNTIMES,
         help='default: all; e.g. --runtimes eager openvino')
     parser.add_argument(
-        '--numbers', nargs='+', choices=NUMBERS, default=NUMBERS,
+        '--dtypes', nargs='+', choices=DTYPES, default=DTYPES,
         help='bfloat16: autocast of PyTorch, no onnxruntime; int8: of linear layers '
-        'in the exported file; default: all; e.g. --numbers float32 bfloat16')
+        'in the exported file; default: all; e.g. --dtypes float32 bfloat16')
     parser.add_argument(
         '--size', type=int, nargs=2, default=(224, 224), metavar=('H', 'W'),
         help='height and width of the images in pixels; default: 224 224; e.g. '
@@ -58,6 +59,9 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error(f'--rounds {args.rounds}: at least 2, for a spread')
+    for name, value in (('batch-size', args.batch_size), ('size', min(args.size))):
+        if value < 1:
+            parser.error(f'--{name} {value}: at least 1')
     return args
 
 
@@ -75,8 +79,8 @@ def main() -> None:
           f'{torch.__version__}, batch {args.batch_size}, {height} x {width}')
     try:
         rows = compare(args.models, (args.batch_size, height, width), args.out,
-                       args.runtimes, args.numbers, args.rounds, args.warmup)
-    except (RuntimeError, ValueError) as error:
+                       args.runtimes, args.dtypes, args.rounds, args.warmup)
+    except (FileNotFoundError, RuntimeError, ValueError) as error:
         sys.exit(str(error))
     if not rows:
         sys.exit('No model is left to be measured.')

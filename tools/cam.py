@@ -26,8 +26,8 @@ def parse_args() -> argparse.Namespace:
         help='file, or folder that is searched through; e.g. data/digits/images/val')
     parser.add_argument(
         '--category', type=int, metavar='N',
-        help='number of the class, from 0; default: the one that each image has the '
-        'highest score of; e.g. --category 3')
+        help="number of the class, from 0; default: each image's best class; "
+        'e.g. --category 3')
     parser.add_argument(
         '--map', type=int, default=-1, metavar='N',
         help="which of the backbone's maps (out_indices); finer ones show small "
@@ -40,8 +40,8 @@ def parse_args() -> argparse.Namespace:
         '--max-images', type=int, default=20, metavar='N',
         help='of a folder, spread evenly; default: %(default)s; e.g. --max-images 100')
     parser.add_argument(
-        '--device', default='cpu',
-        help='default: %(default)s; e.g. --device cuda')
+        '--device',
+        help='default: the GPU if there is one, else the CPU; e.g. --device cpu')
     parser.add_argument(
         '--out', type=Path, default=Path('work_dirs/cam'), metavar='DIR',
         help='folder that is written to; default: %(default)s; e.g. --out outputs')
@@ -55,26 +55,30 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     # After parsing: it takes seconds, which --help need not wait for.
-    import cv2
+    import mmcv
+    import torch
     from mmengine.config import Config
 
     import mmlavit  # noqa: F401  (registers LaViT)
-    from mmlavit.analysis.building import build_model
+    from mmlavit.analysis.building import build_model, class_names, load_weights
     from mmlavit.analysis.cam import draw_cam
-    from mmlavit.analysis.images import find_images, picture_name
-    from mmlavit.export.metadata import class_names, load_weights
+    from mmlavit.analysis.images import UnreadableImage, find_images, picture_name
+    device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     config = Config.fromfile(args.config)
-    model = build_model(config)
     try:
+        model = build_model(config)
         names = class_names(config, load_weights(model, args.checkpoint))
-        model.eval().to(args.device)
+        model.eval().to(device)
         root = args.images if args.images.is_dir() else args.images.parent
         for file in find_images(args.images, args.max_images):
-            picture, label, score = draw_cam(
-                model, file, args.category, args.map, args.size)
+            try:
+                picture, label, score = draw_cam(
+                    model, file, args.category, args.map, args.size)
+            except UnreadableImage as error:
+                print(f'{error}, skipped', file=sys.stderr)
+                continue
             target = args.out / picture_name(file.relative_to(root))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            cv2.imwrite(str(target), picture)
+            mmcv.imwrite(picture, str(target))
             print(f'{target}: {names[label] if names else label}, score {score:.3g}')
     except (FileNotFoundError, RuntimeError, ValueError) as error:
         sys.exit(str(error))

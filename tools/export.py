@@ -2,12 +2,11 @@
 
     python tools/export.py CONFIG CHECKPOINT model.onnx --verify
     python tools/export.py CONFIG CHECKPOINT model.pt2
-    python tools/export.py CONFIG CHECKPOINT \
-        detector.onnx --part end-to-end --verify
+    python tools/export.py CONFIG CHECKPOINT detector.onnx --part end-to-end --verify
 
 Takes any batch size, height and width (sides of at least 33 pixels). ONNX files are of
-standard operators alone, opset 20, and hold class names and preprocessing in their
-metadata; tools/infer_onnx.py runs them. Without a checkpoint: initial weights.
+standard operators alone, opset 20; tools/infer_onnx.py runs them. Both kinds of file hold
+class names and preprocessing. Without a checkpoint: initial weights.
 """
 import argparse
 import json
@@ -46,7 +45,7 @@ def parse_args() -> argparse.Namespace:
         f'beyond {TOLERANCES["float32"][0]} of the largest value '
         f'({TOLERANCES["half"][0]} with --half); default: not; e.g. --verify')
     parser.add_argument(
-        '--runtime', choices=('onnxruntime', 'openvino'), default='onnxruntime',
+        '--runtime', choices=('onnxruntime', 'openvino'),
         help='what --verify runs an ONNX file with; default: onnxruntime; '
         'e.g. --runtime openvino')
     parser.add_argument(
@@ -60,6 +59,8 @@ def parse_args() -> argparse.Namespace:
             parser.error(f'{path}: no such file')
     if args.out.suffix not in ('.onnx', '.pt2'):
         parser.error(f'{args.out}: expected a name that ends in .onnx or .pt2')
+    if args.runtime and (not args.verify or args.out.suffix != '.onnx'):
+        parser.error('--runtime: expected --verify and an .onnx file with it')
     if (args.half or args.int8) and args.out.suffix != '.onnx':
         parser.error(f'--half, --int8: {args.out}: expected an .onnx file')
     if args.int8 and (args.half or args.verify or args.part == 'backbone'):
@@ -82,15 +83,17 @@ def main() -> None:
         program = programs.export_program(part)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         if args.out.suffix == '.pt2':
-            programs.to_pt2(program, args.out)
+            programs.to_pt2(program, args.out, about)
         else:
             write_onnx(program, part, args.out, about, args.half, images)
+        print(f'{args.out}: {args.out.stat().st_size / 1e6:.1f} MB')
+        if args.verify:
+            runtime = ('torch' if args.out.suffix == '.pt2' else
+                       args.runtime or 'onnxruntime')
+            verify(part, args.out, runtime,
+                   *TOLERANCES['half' if args.half else 'float32'])
     except (FileNotFoundError, RuntimeError, ValueError) as error:
         sys.exit(str(error))
-    print(f'{args.out}: {args.out.stat().st_size / 1e6:.1f} MB')
-    if args.verify:
-        runtime = 'torch' if args.out.suffix == '.pt2' else args.runtime
-        verify(part, args.out, runtime, *TOLERANCES['half' if args.half else 'float32'])
 
 
 def load_part(config: Path, checkpoint: Optional[Path], part: str) -> tuple:
@@ -98,14 +101,13 @@ def load_part(config: Path, checkpoint: Optional[Path], part: str) -> tuple:
     from mmengine.config import Config
 
     import mmlavit  # noqa: F401  (registers LaViT)
-    from mmlavit.analysis.building import build_model
-    from mmlavit.analysis.inference import quiet
+    from mmlavit.analysis.building import (build_model, class_names, load_weights,
+                                           quiet)
     from mmlavit.export import choose, metadata
     config = Config.fromfile(config)
     with quiet():
         model = build_model(config)
-        names = metadata.class_names(
-            config, metadata.load_weights(model, checkpoint))
+        names = class_names(config, load_weights(model, checkpoint))
     chosen = choose.choose_part(model, part)
     return chosen, metadata.describe(chosen, model, config, names)
 
@@ -113,11 +115,11 @@ def load_part(config: Path, checkpoint: Optional[Path], part: str) -> tuple:
 def write_onnx(program, part, out: Path, about: Dict[str, str], half: bool,
                images: List[Path]) -> None:
     """Writes the whole file or none, and prints its operators."""
-    from mmlavit.export import programs
+    from mmlavit.export import programs, shrink
     try:
         programs.to_onnx(program, part, out, about)
         if half:
-            programs.halve_weights(out)
+            shrink.halve_weights(out)
         if images:
             print(f'{quantise(out, images)} linear layers in int8')
         operators = programs.count_operators(out)
@@ -153,7 +155,7 @@ def quantise(path: Path, images: List[Path]) -> int:
     from infer_onnx import Model
 
     from mmlavit.analysis.images import read_image
-    from mmlavit.export.programs import quantise_linear
+    from mmlavit.export.shrink import quantise_linear
     model = Model(path)
     return quantise_linear(
         path, (model.prepare(read_image(file, None))[0] for file in images))
@@ -170,6 +172,9 @@ def verify(part, out: Path, runtime: str, most: float, boxes: float) -> None:
              difference=f'{row["difference"]:.1e}', output=row['output'])
         for row in rows
     ]))
+    if all(row['output'] == 'dets, 0 boxes' for row in rows):
+        sys.exit(f'{out}: no box was found, so none was compared: give a trained '
+                 'CHECKPOINT, or a config with model.test_cfg.score_thr=0')
     wrong = [row for row in rows if not row['difference'] <= most]
     if wrong:
         sys.exit('\n'.join(f'{out}: {row["output"]} at {row["size"]}: differs '

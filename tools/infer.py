@@ -59,6 +59,8 @@ def main() -> None:
     if skipped:
         print(f'{len(skipped)} files skipped:\n  ' + '\n  '.join(skipped),
               file=sys.stderr)
+    if not done:
+        sys.exit('no image could be read')
 
 
 if __name__ == '__main__':

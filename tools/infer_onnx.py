@@ -2,8 +2,7 @@
 
     python tools/infer_onnx.py detector.onnx IMAGES --out outputs
     python tools/infer_onnx.py classifier.onnx photo.jpg --runtime openvino
-    python tools/infer_onnx.py detector.onnx data/digits/images/val \
-        --annotations data/digits/annotations/val.json
+    python tools/infer_onnx.py detector.onnx IMAGES --annotations val.json
 
 Detectors (exported with ``--part end-to-end``), classifiers and segmentors.
 Needs the runtime, numpy and OpenCV; Pillow where the file says so. Preprocessing and
@@ -57,21 +56,27 @@ class Model:
     Args:
         path (Path): The file.
         runtime (str): 'onnxruntime' or 'openvino'. Default: 'onnxruntime'.
+
+    Raises:
+        ValueError: If it is no file that can be run here.
     """
 
     def __init__(self, path: Path, runtime: str = 'onnxruntime') -> None:
         start = start_openvino if runtime == 'openvino' else start_onnxruntime
         self.run, held = start(path)
         if 'task' not in held:
-            sys.exit(f'{path}: no metadata: expected a file of tools/export.py')
+            raise ValueError(
+                f'{path}: no metadata: expected a file of tools/export.py')
         self.about = {name: json.loads(value) for name, value in held.items()}
         if self.task not in RESULTS:
-            sys.exit(f'{path}: exported is the {self.task}: expected one of '
-                     f'{", ".join(RESULTS)}; see --part of tools/export.py')
+            raise ValueError(
+                f'{path}: exported is the {self.task}: expected one of '
+                f'{", ".join(RESULTS)}; see --part of tools/export.py')
         unknown = unknown_steps(self.about['resize'])
         if unknown:
-            sys.exit(f'{path}: test pipeline: {", ".join(unknown)}: expected '
-                     f'{", ".join(STEPS)} alone, with a scale')
+            raise ValueError(
+                f'{path}: test pipeline: {", ".join(unknown)}: expected '
+                f'{", ".join(STEPS)} alone, with a scale')
 
     @property
     def task(self) -> str:
@@ -82,12 +87,12 @@ class Model:
         names = self.about['classes']
         return names[label] if names else str(label)
 
-    def __call__(self, image) -> list:
+    def __call__(self, image) -> Tuple[list, Tuple[int, int]]:
         """The outputs for one image (H, W, 3), BGR, 0 to 255; and its new size."""
         inputs, size = self.prepare(image)
         return self.run(inputs), size
 
-    def prepare(self, image) -> tuple:
+    def prepare(self, image) -> Tuple[dict, Tuple[int, int]]:
         """The inputs for one image, by name; and its new size."""
         import numpy as np
         image = resize(image, self.about['resize'])
@@ -108,8 +113,10 @@ class Model:
 def start_onnxruntime(path: Path) -> tuple:
     """A file as a function from inputs by name to outputs; and its metadata."""
     import onnxruntime
-    session = onnxruntime.InferenceSession(
-        path, providers=onnxruntime.get_available_providers())
+    # TensorRT would build an engine for minutes, for every size.
+    providers = [name for name in ('CUDAExecutionProvider', 'CPUExecutionProvider')
+                 if name in onnxruntime.get_available_providers()]
+    session = onnxruntime.InferenceSession(path, providers=providers)
     return (lambda inputs: session.run(None, inputs),
             session.get_modelmeta().custom_metadata_map)
 
@@ -244,13 +251,22 @@ def average_precision(predictions: Dict[str, dict], annotations: Path) -> None:
     truth = COCO(str(annotations))
     ids = {Path(image['file_name']).name: key for key, image in truth.imgs.items()}
     categories = {x['name']: key for key, x in truth.cats.items()}
+    unknown = [file for file in predictions if Path(file).name not in ids]
+    if unknown:
+        sys.exit(f'--annotations {annotations}: {len(unknown)} of the images are not '
+                 f'in it, the first {unknown[0]}')
     rows = []
     for file, found in predictions.items():
         for (x1, y1, x2, y2), score, label in zip(
                 found['bboxes'], found['scores'], found['labels']):
+            if label not in categories:
+                sys.exit(f'--annotations {annotations}: no class {label!r}: expected '
+                         f"the model's; it has {', '.join(categories)}")
             rows.append(dict(
                 image_id=ids[Path(file).name], category_id=categories[label],
                 bbox=[x1, y1, x2 - x1, y2 - y1], score=score))
+    if not rows:
+        sys.exit('--annotations: the model found no box, so the average precision is 0')
     evaluation = COCOeval(truth, truth.loadRes(rows), 'bbox')
     evaluation.params.imgIds = [ids[Path(file).name] for file in predictions]
     evaluation.evaluate()
@@ -275,7 +291,10 @@ def main() -> None:
     args = parse_args()
     # After parsing: it takes seconds, which --help need not wait for.
     import cv2
-    model = Model(args.model, args.runtime)
+    try:
+        model = Model(args.model, args.runtime)
+    except ValueError as error:
+        sys.exit(str(error))
     if args.annotations and model.task != 'detection':
         sys.exit(f'--annotations: {args.model}: expected a detector, end to end')
     root = args.images if args.images.is_dir() else args.images.parent

@@ -1,7 +1,7 @@
 """Makes images whose class cannot be told without comparing distant places.
 
-Each image has four of scikit-learn's scanned digits, in four colours, and a bar at its
-border in one of these colours. The class is the digit that has the bar's colour. Colours
+Each image has several of scikit-learn's scanned digits, each in a colour of its own, and a
+bar at its border in one of these colours. The class is the digit that has the bar's colour. Colours
 are random for each image, and so is the side of the bar. Digits of the validation images
 occur in no training image.
 
@@ -39,6 +39,9 @@ def parse_args() -> argparse.Namespace:
         '--size', type=int, default=64, metavar='PIXELS',
         help='side of the images, at least 48; default: %(default)s; e.g. --size 96')
     parser.add_argument(
+        '--digits', type=int, default=4, choices=(2, 3, 4),
+        help='in an image; default: %(default)s; e.g. --digits 2')
+    parser.add_argument(
         '--seed', type=int, default=0,
         help='of all random numbers; default: %(default)s; e.g. --seed 1')
     args = parser.parse_args()
@@ -50,33 +53,35 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def four_colours(rng: np.random.Generator) -> List[np.ndarray]:
-    """Bright colours (3, ), 0 to 255, whose hues are a quarter circle apart."""
-    hues = (rng.uniform() + rng.permutation(4) / 4 + rng.uniform(-.03, .03, 4)) % 1
+def choose_colours(rng: np.random.Generator, count: int) -> List[np.ndarray]:
+    """Bright colours (3, ), 0 to 255, whose hues are equally far apart."""
+    hues = (rng.uniform() + rng.permutation(count) / count
+            + rng.uniform(-.03, .03, count)) % 1
     return [255 * np.float32(colorsys.hsv_to_rgb(hue, 1, rng.uniform(.8, 1)))
             for hue in hues]
 
 
 def compose(rng: np.random.Generator, scans: np.ndarray, labels: np.ndarray,
-            size: int) -> Tuple[np.ndarray, int]:
+            size: int, digits: int) -> Tuple[np.ndarray, int]:
     """An image (size, size, 3), uint8, and its class."""
     image = np.full((size, size, 3), rng.uniform(20, 90), np.float32)
-    colours = four_colours(rng)
-    # Four different digits, or the class would be told by two of a kind.
+    colours = choose_colours(rng, digits)
+    # Different digits, or the class would be told by two of a kind.
     chosen = [int(rng.choice(np.flatnonzero(labels == label)))
-              for label in rng.permutation(10)[:4]]
+              for label in rng.permutation(10)[:digits]]
+    cells = rng.permutation(4)
     bar = round(BAR * size)
     half = (size - 2 * bar) // 2  # side of the cell of one digit
-    for i, (index, colour) in enumerate(zip(chosen, colours)):
+    for cell, index, colour in zip(cells, chosen, colours):
         height = min(round(size * rng.uniform(*DIGIT)), half)
-        y, x = (bar + half * cell + rng.integers(0, half - height + 1)
-                for cell in divmod(i, 2))
+        y, x = (bar + half * place + rng.integers(0, half - height + 1)
+                for place in divmod(cell, 2))
         alpha = cv2.resize(scans[index], (height, height),
                            interpolation=cv2.INTER_CUBIC)
         alpha = (alpha * 1.6 - .3).clip(0, 1)[..., None]
         region = image[y:y + height, x:x + height]
         region[:] = region * (1 - alpha) + colour * alpha
-    cued = rng.integers(4)
+    cued = rng.integers(digits)
     sides = image[:bar], image[-bar:], image[:, :bar], image[:, -bar:]
     sides[rng.integers(4)][:] = colours[cued]
     image = image + rng.normal(0, 6, image.shape)
@@ -101,7 +106,7 @@ def main() -> None:
             (args.out / split / str(label)).mkdir(parents=True)
         for i in tqdm(range(getattr(args, split)), desc=f'{split} images',
                       unit='image', disable=None):
-            image, label = compose(rng, *scans[split], args.size)
+            image, label = compose(rng, *scans[split], args.size, args.digits)
             cv2.imwrite(str(args.out / split / str(label) / f'{i:05d}.png'), image)
     stamp.write_text(json.dumps(settings))
     print(f'Wrote {args.out}: {args.train} + {args.val} images.')

@@ -4,6 +4,7 @@ custom_imports = dict(
     imports=['mmlavit', 'mmlavit.models.backbones.la_pvt'], allow_failed_imports=False)
 
 model = dict(
+    data_preprocessor=dict(test_cfg=dict(size_divisor=32)),  # PVT takes no other sides
     backbone=dict(
         _delete_=True,
         type='LessAttentionPVT',

@@ -1,12 +1,13 @@
 """Which part of LaViT does what: a grid of variants under one budget."""
+import math
 import statistics
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import Runner, load_checkpoint
 from torch import nn
 
@@ -54,17 +55,14 @@ VARIANTS: Dict[str, dict] = {
     'LA stages only': dict(num_va_layers=stages_only),
     'all VA (the twin)': dict(num_va_layers=all_va, attn_residual=False,
                               dp_loss=None),
-    'PVTv2 of these widths': dict(num_va_layers=all_va, attn_residual=False,
-                                  trunk_norm=False, dp_loss=None),
     # Controls: how much of an accuracy is due to attention?
     'uniform in the place of LA': dict(num_va_layers=all_va, attn_residual=False,
                                        dp_loss=None),
     'uniform everywhere': dict(num_va_layers=all_va, attn_residual=False,
                                dp_loss=None),
-    'ResNet': dict(_delete_=True, type='ResNet', depth=18, base_channels=16,
-                   stem_channels=16, out_indices=(3, )),
+    'ResNet': dict(type='ResNet', depth=18, out_indices=(3, )),
 }
-RESNET_CHANNELS = 128  # of its last map
+RESNET_PARAMS = 11.2e6  # of ResNet-18 with 64 channels at first
 
 
 @HOOKS.register_module()
@@ -94,12 +92,14 @@ class Grid(NamedTuple):
         epochs (int): Of every training.
         data (Path, optional): For a classifier, a folder with ``train/CLASS/*`` and
             ``val/CLASS/*`` or ``test/CLASS/*``, instead of the config's data.
+            Default: None.
         lr (float, optional): Highest learning rate of the optimizer. Default: None,
             the config's.
-        workers (int): Processes that load images.
-        size (int): Side of the images of ``data`` in pixels.
-        batch_size (int): Of training and validation on ``data``.
+        workers (int): Processes that load images. Default: 2.
+        size (int): Side of the images of ``data`` in pixels. Default: 64.
+        batch_size (int): Of training and validation on ``data``. Default: 64.
         augments (bool): Crops and flips training images of ``data`` at random.
+            Default: True.
     """
     config: Path
     out: Path
@@ -120,8 +120,15 @@ class Grid(NamedTuple):
         """What every figure here is of."""
         if self.data is None:
             return f'{self.config.stem}, {self.epochs} epochs'
-        return (f'{self.data.name} at {self.size} px, {self.epochs} epochs, '
-                f'batch {self.batch_size}')
+        return (f'{self.data.name} at {self.size} px ({self.count_keys()} keys), '
+                f'{self.epochs} epochs, batch {self.batch_size}')
+
+    def count_keys(self) -> int:
+        """The keys of the last stage, for images of ``size``."""
+        backbone = Config.fromfile(self.config).model.backbone
+        arch = arch_of(backbone)
+        stride = math.prod(arch['strides']) * sr_ratios_of(backbone)[-1]
+        return math.ceil(self.size / stride)**2
 
 
 def check_config(path: Path, data: Optional[Path]) -> None:
@@ -135,48 +142,77 @@ def check_config(path: Path, data: Optional[Path]) -> None:
     if 'max_epochs' not in config.train_cfg:
         raise ValueError(f'{path}: expected a config that trains by epochs '
                          '(train_cfg with max_epochs)')
+    arch = arch_of(config.model.backbone)
+    if list(arch['num_va_layers']) == list(arch['depths']):
+        raise ValueError(f'{path}: expected a LaViT that has less-attention layers, '
+                         f"but num_va_layers={arch['num_va_layers']} are all")
+    if data is None and any(hook.type == 'SwitchRecipeHook'
+                            for hook in config.get('custom_hooks', [])):
+        raise ValueError(f'{path}: expected a config without SwitchRecipeHook, or data '
+                         'of your own beside it')
 
 
 def make_config(grid: Grid, variant: str, seed: int) -> Config:
     """The grid's config with the variant, the data and the budget."""
     config = Config.fromfile(grid.config)
     arch = arch_of(config.model.backbone)
-    set_backbone(config.model, variant, arch)
     if grid.data is not None:
         set_data(config, grid)
+    set_backbone(config.model, variant, arch)
     for loader in (config.train_dataloader, config.val_dataloader):
         loader.update(num_workers=grid.workers, persistent_workers=grid.workers > 0)
     set_schedule(config, grid.epochs)
     if grid.lr is not None:
         config.optim_wrapper.optimizer.lr = grid.lr
     if variant.startswith('uniform'):
-        config.custom_imports.imports = [*config.custom_imports.imports, __name__]
         kept = (arch['num_va_layers'] if variant == 'uniform in the place of LA' else
                 [0] * len(arch['depths']))
-        config.custom_hooks = [*config.custom_hooks,
-                               dict(type='UniformMaps', num_va_layers=kept)]
+        hold_uniform(config, kept)
     config.randomness = dict(seed=seed)
     return config
 
 
 def set_backbone(model: dict, variant: str, arch: dict) -> None:
-    """A variant's; with the DP loss where the config has none."""
-    change = dict(VARIANTS[variant])
-    if change.pop('_delete_', False):
-        model.backbone = change
-        model.head.in_channels = RESNET_CHANNELS
+    """A variant's, from scratch; with the DP loss where the config has none."""
+    if variant == 'ResNet':
+        set_resnet(model)
         return
-    if model.backbone.get('dp_loss') is None:
-        model.backbone.dp_loss = dict()
-    for key, value in change.items():
-        model.backbone[key] = (value(arch['depths'], arch['num_va_layers'])
-                               if callable(value) else value)
+    backbone = model.backbone
+    backbone.init_cfg = None
+    if backbone.get('dp_loss') is None:
+        backbone.dp_loss = dict()
+    for key, value in VARIANTS[variant].items():
+        backbone[key] = (value(arch['depths'], arch['num_va_layers'])
+                         if callable(value) else value)
+
+
+def set_resnet(model: dict) -> None:
+    """A ResNet-18 of as many parameters as the backbone."""
+    params = sum(p.numel() for p in MODELS.build(model.backbone).parameters())
+    channels = round(64 * (params / RESNET_PARAMS)**.5)
+    model.backbone = dict(VARIANTS['ResNet'], base_channels=channels,
+                          stem_channels=channels)
+    model.head.in_channels = 8 * channels
+
+
+def hold_uniform(config: Config, num_va_layers: Sequence[int]) -> None:
+    """Adds `UniformMaps`."""
+    imports = config.get('custom_imports', dict(imports=[]))['imports']
+    config.custom_imports = dict(imports=[*imports, __name__],
+                                 allow_failed_imports=False)
+    config.custom_hooks = [*config.get('custom_hooks', []),
+                           dict(type='UniformMaps', num_va_layers=num_va_layers)]
 
 
 def arch_of(backbone: dict) -> dict:
     """The complete arch of a backbone's config."""
     return resolve_arch(backbone.arch, backbone.get('num_va_layers'),
-                        backbone.get('sr_ratios', (8, 4, 2, 1)))
+                        sr_ratios_of(backbone))
+
+
+def sr_ratios_of(backbone: dict) -> Sequence[int]:
+    """Of a backbone's config."""
+    return backbone.get('sr_ratios', (8, 4, 2, 1))
 
 
 def set_data(config: Config, grid: Grid) -> None:
@@ -185,11 +221,12 @@ def set_data(config: Config, grid: Grid) -> None:
     if not val.is_dir():
         val = grid.data / 'test'
     classes = sorted(path.name for path in train.iterdir() if path.is_dir())
-    if config.model.backbone.type == 'LaViT':
-        config.model.backbone.pretrain_img_size = grid.size
+    config.model.backbone.pretrain_img_size = grid.size
     config.model.head.num_classes = len(classes)
     config.model.train_cfg = None
     config.data_preprocessor.num_classes = len(classes)
+    config.custom_hooks = [hook for hook in config.get('custom_hooks', [])
+                           if hook.type != 'SwitchRecipeHook']  # other images
     load = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=grid.size)]
     augment = [
         dict(type='RandomCrop', crop_size=grid.size, padding=grid.size // 8),
@@ -220,44 +257,60 @@ def analyse(grid: Grid, variant: str, seed: int, images: int) -> dict:
     """Parameters, MACs, and similarities on validation images.
 
     Args:
+        grid (Grid): Of the training.
+        variant (str): One of `VARIANTS`, trained.
+        seed (int): Of the training.
         images (int): How many, rounded up to whole batches.
+
+    Returns:
+        dict: A number, or None, by name; and by the names of `LAYER_MEASURES` a list
+        with one for each layer.
     """
     config, work_dir = make_config(grid, variant, seed), grid.work_dir(
         variant, seed)
     model = build_model(config).eval()
     load_checkpoint(model, str(last_checkpoint(config, work_dir)),
                     map_location='cpu')
-    similarity = Similarity()
-    # Shuffled, so that a few batches hold all classes.
-    config.val_dataloader.sampler.shuffle = True
-    seen = 0
-    for data in Runner.build_dataloader(config.val_dataloader, seed=0):
-        inputs = model.data_preprocessor(data, training=False)['inputs']
-        with similarity.observe(model):
-            model.backbone(inputs)
-        seen += len(inputs)
-        if seen >= images:
-            break
-    layers = similarity.result()['layers']
+    layers, size = look_at_layers(model, config, images)
     # The same layers in every variant: those that are VA in the grid's config.
     base = arch_of(Config.fromfile(grid.config).model.backbone)
     is_va = [j < va for depth, va in zip(base['depths'], base['num_va_layers'])
              for j in range(depth)]
     steps = [line['time'] - line['data_time'] for line in read_scalars(work_dir)
              if 'loss' in line]
+
+    def of_layers(key: str, kinds: Sequence[bool]) -> Optional[float]:
+        return mean([x[key] for x, va in zip(layers, is_va) if va in kinds])
+
     return dict(
         params=sum(p.numel() for p in model.parameters()) / 1e6,
-        macs=count_macs(model, tuple(inputs.shape[-2:])) / 1e9,
+        macs=count_macs(model, size) / 1e9,
         step=1000 * statistics.median(steps),
-        maps=mean([x['map_similarity_to_previous'] for x in layers]),
-        va_maps=mean([x['map_similarity_to_previous']
-                      for x, va in zip(layers, is_va) if va]),
-        tokens=mean([x['token_similarity'] for x in layers]),
-        entropy=mean([x['entropy'] for x, va in zip(layers, is_va) if not va]),
-        va_entropy=mean([x['entropy'] for x, va in zip(layers, is_va) if va]),
-        asymmetry=mean([x['asymmetry'] for x in layers]),
-        diagonal=mean([x['diagonal_largest'] for x in layers]),
-        entropies=[x['entropy'] for x in layers])
+        maps=of_layers('map_similarity_to_previous', (True, False)),
+        va_maps=of_layers('map_similarity_to_previous', (True, )),
+        tokens=of_layers('token_similarity', (True, False)),
+        **{key: of_layers(key, (False, )) for key in LAYER_MEASURES},
+        va_entropy=of_layers('entropy', (True, )),
+        layers={key: [x[key] for x in layers] for key in LAYER_MEASURES})
+
+
+def look_at_layers(model: nn.Module, config: Config,
+                   images: int) -> Tuple[List[dict], Tuple[int, int]]:
+    """The measures of a model's layers, none without attention; and the images' size."""
+    similarity, seen = Similarity(), 0
+    # Shuffled, so that a few batches hold all classes.
+    config.val_dataloader.sampler.shuffle = True
+    for data in Runner.build_dataloader(config.val_dataloader, seed=0):
+        inputs = model.data_preprocessor(data, training=False)['inputs']
+        size = tuple(inputs.shape[-2:])
+        if config.model.backbone.type != 'LaViT':
+            return [], size
+        with similarity.observe(model):
+            model.backbone(inputs)
+        seen += len(inputs)
+        if seen >= images:
+            break
+    return similarity.result()['layers'], size
 
 
 def mean(values: list) -> Optional[float]:
@@ -268,18 +321,19 @@ def mean(values: list) -> Optional[float]:
 
 def summarise(grid: Grid, variant: str, seeds: Sequence[int],
               images: int) -> dict:
-    """A variant's figures, means over its trainings."""
+    """A variant's figures, means over its trainings; see `analyse`."""
     config = make_config(grid, variant, seeds[0])
     scores = [progress(config, grid.work_dir(variant, seed)).figures['score']
               for seed in seeds]
     runs = [analyse(grid, variant, seed, images) for seed in seeds]
-    entropies = zip(*(run.pop('entropies') for run in runs))
+    layers = [run.pop('layers') for run in runs]
     return dict(
         variant=variant, scale=grid.describe(), seeds=len(scores),
         metric=metric_of(config).title, score=statistics.fmean(scores),
         spread=statistics.stdev(scores) if len(scores) > 1 else None,
         **{key: mean([run[key] for run in runs]) for key in runs[0]},
-        entropies=[mean(layer) for layer in entropies])
+        layers={key: [mean(of_runs) for of_runs in zip(*(x[key] for x in layers))]
+                for key in LAYER_MEASURES})
 
 
 # Titles and digits of the table's columns.
@@ -288,8 +342,13 @@ COLUMNS = dict(
     params=('params, M', 2), macs=('MACs, G', 3), step=('training step, ms', 0),
     maps=('map similarity', 3), va_maps=('of the VA layers', 3),
     tokens=('token similarity', 3), entropy=('entropy of LA layers', 3),
-    va_entropy=('of VA layers', 3), asymmetry=('asymmetry', 3),
-    diagonal=('diagonal largest', 3))
+    va_entropy=('of VA layers', 3), asymmetry=('asymmetry of LA layers', 3),
+    diagonal_largest=('diagonal largest in LA layers', 3))
+# What there is a table of by layer.
+LAYER_MEASURES = dict(
+    entropy='Entropy of the attention maps by layer, 1: uniform, 0: a single key.',
+    asymmetry='Asymmetry of the attention maps by layer, 0 to 2.',
+    diagonal_largest='Share of rows whose diagonal is the largest, by layer.')
 
 
 def table_rows(summaries: List[dict]) -> List[dict]:
@@ -302,11 +361,14 @@ def table_rows(summaries: List[dict]) -> List[dict]:
     ]
 
 
-def entropy_rows(summaries: List[dict]) -> List[dict]:
-    """Normalised entropy of the maps, layer by layer, as rows of a table."""
-    return [
-        dict(variant=row['variant'],
-             **{f'layer {i}': number(value, 2)
-                for i, value in enumerate(row['entropies'])})
-        for row in summaries
-    ]
+def layer_rows(summaries: List[dict], measure: str) -> List[dict]:
+    """One of `LAYER_MEASURES`, layer by layer, as rows of a table."""
+    count = max(len(row['layers'][measure]) for row in summaries)
+    rows = []
+    for row in summaries:
+        values = row['layers'][measure]
+        values = [*values, *[None] * (count - len(values))]
+        rows.append(dict(variant=row['variant'],
+                         **{f'layer {i}': number(value, 2)
+                            for i, value in enumerate(values)}))
+    return rows

@@ -1,11 +1,14 @@
 """Builds the model of a config of any of the three toolboxes, for the tools."""
 import copy
 import logging
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator, List, Optional
 
 import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from torch import nn
 
@@ -58,3 +61,41 @@ def load_model(config: str, checkpoint: str, device: str) -> nn.Module:
             raise ValueError(f'{checkpoint}: none of its weights are of the '
                              f'backbone of {config}')
     return model.eval().to(device)
+
+
+def class_names(config: Config, checkpoint: dict) -> Optional[List[str]]:
+    """From the checkpoint, else from the config, else from its data set's class."""
+    dataset = config.get('test_dataloader', {}).get('dataset', {})
+    stock = DATASETS.get(dataset.type) if 'type' in dataset else None
+    for meta in (checkpoint.get('meta', {}).get('dataset_meta') or {},
+                 dataset.get('metainfo', {}), getattr(stock, 'METAINFO', {})):
+        names = meta.get('classes', meta.get('CLASSES'))
+        if names:
+            return list(names)
+    return None
+
+
+def load_weights(model: nn.Module, checkpoint: Optional[Path]) -> dict:
+    """Loads all weights, or initialises them if there is no checkpoint.
+
+    Returns:
+        dict: The checkpoint; empty without one.
+
+    Raises:
+        RuntimeError, ValueError: If it does not have exactly the model's weights.
+    """
+    if checkpoint is None:
+        model.init_weights()
+        return {}
+    return load_checkpoint(model, str(checkpoint), map_location='cpu', strict=True)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No log of each parameter's initialisation."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(before)

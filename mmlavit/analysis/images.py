@@ -14,6 +14,10 @@ from .observe import Layer, observe_layers
 SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff'}
 
 
+class UnreadableImage(ValueError):
+    """A file that no image can be read from."""
+
+
 def find_images(path: Path, limit: int) -> List[Path]:
     """Image files of a folder and those in it, in order of their names.
 
@@ -37,14 +41,14 @@ def read_image(file: Path, size: Optional[Tuple[int, int]]) -> np.ndarray:
     """An image file as BGR bytes (H, W, 3), resized to (H, W) if that is given.
 
     Raises:
-        ValueError: If it cannot be read.
+        UnreadableImage: If it cannot be read.
     """
     try:
         image = mmcv.imread(file)
     except Exception:  # whatever a decoder may raise
         image = None
     if image is None:
-        raise ValueError(f'{file}: not a readable image')
+        raise UnreadableImage(f'{file}: not a readable image')
     return image if size is None else mmcv.imresize(image, size[::-1])
 
 

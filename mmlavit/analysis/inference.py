@@ -1,8 +1,6 @@
 """The toolboxes' inferencers, alike for all three: files in, pictures and JSON out."""
 import glob
 import json
-import logging
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
@@ -12,9 +10,8 @@ import torch
 from mmengine.config import Config
 from tqdm import tqdm
 
-from .images import picture_name
-
-SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff'}
+from .building import quiet
+from .images import SUFFIXES, picture_name
 
 
 def infer(config: Path, checkpoint: Path, images: str, out: Path,
@@ -57,17 +54,6 @@ def infer(config: Path, checkpoint: Path, images: str, out: Path,
     out.mkdir(parents=True, exist_ok=True)
     (out / 'predictions.json').write_text(json.dumps(predictions, indent=1))
     return len(predictions), skipped
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No log of each parameter's initialisation."""
-    before = logging.root.manager.disable
-    logging.disable(logging.INFO)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def find_images(images: str) -> List[Path]:

@@ -27,12 +27,15 @@ NETWORKS: Dict[str, Network] = {
     'its all-VA twin': Network(twin('nano'), (32, 64, 128, 192)),
     'PVT': Network(
         dict(type='LessAttentionPVT', embed_dims=32, num_layers=[2, 2, 2, 2],
-             num_va_layers=(2, 2, 2, 2)), (32, 64, 160, 256)),
+             num_va_layers=(2, 2, 2, 2), drop_path_rate=0.), (32, 64, 160, 256)),
     'PVTv2-B0': Network(
         lavit('pvtv2_b0', num_va_layers=(2, 2, 2, 2)), (32, 64, 160, 256)),
     'Swin': Network(
         dict(type='mmpretrain.SwinTransformer', out_indices=(0, 1, 2, 3),
-             pad_small_map=True,
+             drop_path_rate=0., pad_small_map=True, window_size=4,
+             init_cfg=[  # as its configs have it, for the whole classifier
+                 dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.),
+                 dict(type='Constant', layer='LayerNorm', val=1., bias=0.)],
              arch=dict(embed_dims=32, depths=[2, 2, 4, 2], num_heads=[1, 2, 4, 8])),
         (32, 64, 128, 256)),
     'ResNet-18, half the width': Network(
@@ -59,7 +62,9 @@ def make_config(configs: Path, task: str, network: str, seed: int) -> Config:
     config = Config.fromfile(configs / TASKS[task].config)
     backbone, channels = NETWORKS[network]
     model = config.model
-    model.backbone = backbone
+    model.backbone = dict(backbone)
+    if backbone['type'] in ('LaViT', 'LessAttentionPVT'):
+        model.backbone.pretrain_img_size = TASKS[task].size
     if 'in_channels' in model.neck:
         model.neck.in_channels = list(channels)
     else:

@@ -1,6 +1,6 @@
 """Which part of a model is exported, by what the model can do."""
 import copy
-from typing import List
+from typing import Optional, Type
 
 from torch import nn
 
@@ -22,24 +22,25 @@ def choose_part(model: nn.Module, part: str) -> Part:
         ValueError: If the model has no such part.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    for task in tasks_of(model, part):
-        chosen = task(model).eval()
-        chosen.divisor = getattr(getattr(model, 'backbone', None), 'size_divisor', 1)
-        return chosen
-    raise ValueError(
-        f'export: part={part!r}: {type(model).__name__} has no such part: expected '
-        "'backbone', 'model' of an image classifier, an encoder-decoder segmentor "
-        "or a single-stage detector, or 'end-to-end' of the latter")
+    kind = kind_of(model, part)
+    if kind is None:
+        raise ValueError(
+            f'export: part={part!r}: {type(model).__name__} has no such part: expected '
+            "'backbone', 'model' of an image classifier, an encoder-decoder segmentor "
+            "or a single-stage detector, or 'end-to-end' of the latter")
+    chosen = kind(model).eval()
+    chosen.divisor = getattr(getattr(model, 'backbone', None), 'size_divisor', 1)
+    return chosen
 
 
-def tasks_of(model: nn.Module, part: str) -> List[type]:
-    """The kinds of `Part` that fit; decided by what the model can do."""
+def kind_of(model: nn.Module, part: str) -> Optional[Type[Part]]:
+    """The kind of `Part` that fits, by what the model can do; None if none does."""
     if part == 'backbone':
-        return [BackboneMaps] * hasattr(model, 'backbone')
+        return BackboneMaps if hasattr(model, 'backbone') else None
     if hasattr(getattr(model, 'bbox_head', None), 'prior_generator'):
-        return [Detections if part == 'end-to-end' else DenseDetections]
+        return Detections if part == 'end-to-end' else DenseDetections
     if part == 'end-to-end':
-        return []
+        return None
     if hasattr(model, 'encode_decode'):
-        return [PixelLogits]
-    return [ClassLogits] * hasattr(model, 'head')
+        return PixelLogits
+    return ClassLogits if hasattr(model, 'head') else None

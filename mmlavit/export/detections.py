@@ -32,8 +32,14 @@ class Detections(Part):
         self.model = model
         self.head = model.bbox_head
         cfg = self.head.test_cfg
-        check(self.head.use_sigmoid_cls, 'loss_cls', self.head.loss_cls,
-              'one with use_sigmoid=True')
+        # By name: mmdetection need not be there for the other parts.
+        coder = type(getattr(self.head, 'bbox_coder', None)).__name__
+        check(coder == 'DeltaXYWHBBoxCoder', 'bbox_head.bbox_coder', coder,
+              'DeltaXYWHBBoxCoder')
+        check(getattr(self.head, 'use_sigmoid_cls', False), 'bbox_head.loss_cls',
+              getattr(self.head, 'loss_cls', None), 'one with use_sigmoid=True')
+        for name in ('score_thr', 'nms', 'max_per_img'):
+            check(name in cfg, f'test_cfg.{name}', None, "RetinaNet's settings")
         check(cfg.get('nms_pre', -1) > 0, 'test_cfg.nms_pre',
               cfg.get('nms_pre'), 'a number above 0, e.g. 1000')
         check(set(cfg.nms) <= {'type', 'iou_threshold'} and

@@ -1,11 +1,9 @@
-"""A model's weights, and what a runtime must know of it as JSON strings by name."""
+"""What a runtime must know of a model, as JSON strings by name."""
 import json
-from pathlib import Path
+import math
 from typing import Dict, List, Optional, Union
 
 from mmengine.config import Config
-from mmengine.registry import DATASETS
-from mmengine.runner import load_checkpoint
 from torch import nn
 
 from ..version import __version__
@@ -44,9 +42,16 @@ def describe(part: Part, model: nn.Module, config: Config,
         std=preprocessor.std.flatten().tolist() if normalises else [1.] * 3,
         channels='rgb' if swaps else 'bgr',
         resize=preparation(config),
-        pad_divisor=getattr(preprocessor, 'pad_size_divisor', 1),
+        pad_divisor=math.lcm(part.divisor, padding_of(preprocessor)),
         mmlavit=__version__)
     return {name: json.dumps(value, default=str) for name, value in values.items()}
+
+
+def padding_of(preprocessor: nn.Module) -> int:
+    """The number that a data preprocessor pads sides to a multiple of, in a test."""
+    in_test = getattr(preprocessor, 'test_cfg', None) or {}  # mmsegmentation's
+    return (getattr(preprocessor, 'pad_size_divisor', None)
+            or in_test.get('size_divisor') or 1)
 
 
 def preparation(config: Config) -> List[dict]:
@@ -59,30 +64,3 @@ def preparation(config: Config) -> List[dict]:
 def type_name(kind: Union[str, type]) -> str:
     """A step's class by name, without the toolbox in front."""
     return kind.split('.')[-1] if isinstance(kind, str) else kind.__name__
-
-
-def class_names(config: Config, checkpoint: dict) -> Optional[List[str]]:
-    """From the checkpoint, else from the config, else from its data set's class."""
-    dataset = config.get('test_dataloader', {}).get('dataset', {})
-    stock = DATASETS.get(dataset.type) if 'type' in dataset else None
-    for meta in (checkpoint.get('meta', {}).get('dataset_meta') or {},
-                 dataset.get('metainfo', {}), getattr(stock, 'METAINFO', {})):
-        names = meta.get('classes', meta.get('CLASSES'))
-        if names:
-            return list(names)
-    return None
-
-
-def load_weights(model: nn.Module, checkpoint: Optional[Path]) -> dict:
-    """Loads all weights, or initialises them if there is no checkpoint.
-
-    Returns:
-        dict: The checkpoint; empty without one.
-
-    Raises:
-        RuntimeError, ValueError: If it does not have exactly the model's weights.
-    """
-    if checkpoint is None:
-        model.init_weights()
-        return {}
-    return load_checkpoint(model, str(checkpoint), map_location='cpu', strict=True)

@@ -89,10 +89,12 @@ class DenseDetections(Part):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        levels = range(model.bbox_head.prior_generator.num_levels)
-        self.outputs = [
-            f'{kind}{i}' for kind in ('cls_score', 'bbox_pred') for i in levels
-        ]
+        # Some heads have a third output, as the centerness of FCOS.
+        kinds = 'cls_score', 'bbox_pred', 'other'
+        with torch.no_grad():
+            outs = model(torch.rand(1, 3, 64, 64), mode='tensor')
+        self.outputs = [f'{kind}{i}' for kind, levels in zip(kinds, outs)
+                        for i in range(len(levels))]
 
     def forward(self, images: Tensor) -> Tuple[Tensor, ...]:
         return tuple(x for xs in self.model(images, mode='tensor') for x in xs)

@@ -1,5 +1,6 @@
 """Parts of models to programs (torch.export), and programs to ONNX."""
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Dict, Iterable, List, Optional, Sequence, Set, Tuple
 
@@ -121,14 +122,16 @@ def frozen_sizes(model, sides: Sequence[int] = EXAMPLE[1:],
         sides (Sequence[int]): The example's height and width.
         known (Set[int]): Numbers of the model's own, as of its classes.
     """
+    import onnx
     from onnx.numpy_helper import to_array
+    tensor = onnx.AttributeProto.TENSOR
     grids = [[-(-side // stride) for side in sides] for stride in STRIDES]
     sizes = {n for h, w in grids for n in (h, w, h * w)}
     sizes = {n for n in sizes if n > LEAST_SIDE} - known
     constants = {x.name: to_array(x) for x in model.graph.initializer
                  if x.data_type == x.INT64}
     for node in model.graph.node:
-        if node.op_type == 'Constant' and node.attribute[0].type == 4:
+        if node.op_type == 'Constant' and node.attribute[0].type == tensor:
             constants[node.output[0]] = to_array(node.attribute[0].t)
     for node in model.graph.node:
         for name in node.input:
@@ -137,90 +140,18 @@ def frozen_sizes(model, sides: Sequence[int] = EXAMPLE[1:],
                 yield f'{node.op_type} {node.name!r}: {size}'
 
 
-def halve_weights(path: Path) -> None:
-    """Stores the large tensors of an ONNX file in float16, in half the space.
-
-    They are cast where they are used: runtimes compute in float32 still.
-
-    Raises:
-        ValueError: If a weight is too large for float16.
-    """
-    import numpy as np
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-    model = onnx.load(path)
-    casts = []
-    for weight in model.graph.initializer:
-        values = numpy_helper.to_array(weight)
-        if weight.data_type != TensorProto.FLOAT or values.size < 1000:
-            continue  # small ones, as anchors, would lose and not save
-        if np.abs(values).max() > np.finfo(np.float16).max:
-            raise ValueError(f'export: half: {weight.name}: values up to '
-                             f'{np.abs(values).max():.3g} are too large for float16')
-        name, stored = weight.name, f'{weight.name}_half'
-        weight.CopyFrom(numpy_helper.from_array(values.astype(np.float16), stored))
-        casts.append(helper.make_node('Cast', [stored], [name], f'{name}_cast',
-                                      to=TensorProto.FLOAT))
-    nodes = [*casts, *model.graph.node]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    onnx.save(model, path)
-
-
-def quantise_linear(path: Path, inputs: Iterable[Dict[str, object]]) -> int:
-    """Turns the linear layers of an ONNX file to int8, by onnxruntime's own tool.
-
-    Weights have a scale for each output channel, activations one for each tensor,
-    from their largest value on the inputs given. Everything else stays in float32:
-    other convolutions, attention, Theta and Psi, norms.
+def to_pt2(program: ExportedProgram, path: Path,
+           metadata: Optional[Dict[str, str]] = None) -> None:
+    """Writes a program as a file for ``torch.export.load``.
 
     Args:
-        path (Path): The file, which is overwritten.
-        inputs (Iterable[dict[str, np.ndarray]]): Inputs by name to calibrate with.
-
-    Returns:
-        int: How many layers there are.
+        program (ExportedProgram): Of `export_program`.
+        path (Path): The file to write.
+        metadata (dict[str, str], optional): Written into it as extra files.
     """
-    import onnx
-    from onnxruntime.quantization import (CalibrationDataReader, QuantType,
-                                          quantize_static)
-
-    class Reader(CalibrationDataReader):
-        rest = iter(inputs)
-
-        def get_next(self) -> Optional[dict]:
-            return next(self.rest, None)
-
-    model = onnx.load(path)
-    layers = list(linear_layers(model))
-    metadata = {x.key: x.value for x in model.metadata_props}
-    quantize_static(
-        path, path, Reader(), nodes_to_quantize=layers, per_channel=True,
-        activation_type=QuantType.QInt8, weight_type=QuantType.QInt8,
-        extra_options=dict(ActivationSymmetric=True, WeightSymmetric=True))
-    model = onnx.load(path)
-    onnx.helper.set_model_props(model, metadata)
-    onnx.save(model, path)
-    return len(layers)
-
-
-def linear_layers(model) -> Iterable[str]:
-    """Names of the products with stored matrices, and of the 1x1 convolutions."""
-    shapes = {x.name: x.dims for x in model.graph.initializer}
-    for node in model.graph.node:
-        weight = shapes.get(node.input[1]) if len(node.input) > 1 else None
-        if weight is None:
-            continue
-        if (node.op_type in ('MatMul', 'Gemm') and len(weight) == 2 or
-                node.op_type == 'Conv' and list(weight[2:]) == [1, 1]):
-            yield node.name
-
-
-def to_pt2(program: ExportedProgram, path: Path) -> None:
-    """Writes a program as a file for ``torch.export.load``."""
     example, program.example_inputs = program.example_inputs, None  # 80 MB
     try:
-        torch.export.save(program, path)
+        torch.export.save(program, path, extra_files=metadata)
     finally:
         program.example_inputs = example
 
@@ -231,8 +162,6 @@ def count_operators(path: Path) -> List[Tuple[str, int]]:
     Raises:
         ValueError: If one is not of the ONNX standard.
     """
-    from collections import Counter
-
     import onnx
     model = onnx.load(path, load_external_data=False)
     others = {f'{node.domain}.{node.op_type}' for node in model.graph.node

@@ -12,7 +12,8 @@ from ..analysis.timing import Spread, Step, time_in_turn
 from ..models.backbones.lavit import LaViT
 from .choose import choose_part
 from .parts import Part
-from .programs import export_program, quantise_linear, to_fixed_onnx, to_onnx
+from .programs import export_program, to_fixed_onnx, to_onnx
+from .shrink import quantise_linear
 
 # What can run which type of numbers; 'int8' has linear layers alone in int8.
 RUNTIMES = dict(
@@ -54,14 +55,19 @@ def compare(names: Sequence[str], size: Tuple[int, int, int], folder: Path,
 
     Returns:
         list[dict[str, str]]: Rows of a table, one for each model and type: median
-        milliseconds of a batch, and behind them the speed over eager PyTorch with
-        the same type, for 'int8' over that with float32; the median of the rounds'
-        ratios.
+        milliseconds of a batch with their 10th and 90th percentile, and behind them
+        the speed over eager PyTorch with the same type, for 'int8' over that with
+        float32: the median of the rounds' ratios.
     """
     steps: Dict[Way, Step] = {}
     sizes = {}
+    needs_files = not {'eager', 'compiled'}.issuperset(runtimes)
     for name in names:
-        exported = export_backbone(name, size, folder)
+        try:
+            exported = export_backbone(name, size, folder, needs_files)
+        except RuntimeError as error:
+            print(f'{name} is left out: {error}', file=sys.stderr)
+            continue
         sizes[name] = exported.sizes
         for runtime in runtimes:
             for dtype in dtypes:
@@ -86,14 +92,14 @@ def add_step(steps: Dict[Way, Step], way: Way, exported: Exported,
         steps[way] = step
 
 
-def export_backbone(name: str, size: Tuple[int, int, int],
-                    folder: Path) -> Exported:
+def export_backbone(name: str, size: Tuple[int, int, int], folder: Path,
+                    needs_files: bool = True) -> Exported:
     """Exports LaViT for any size, others for the one that is measured: their best."""
     model = nn.Module()
     model.backbone = build_backbone(name)
-    if not hasattr(model.backbone, 'in_channels'):
-        model.backbone.in_channels = 3
     part = choose_part(model, 'backbone')
+    if not needs_files:
+        return Exported(part, {}, '')
     folder.mkdir(parents=True, exist_ok=True)
     stem = re.sub(r'\W+', '_', Path(name).name)
     files = {dtype: folder / f'{stem}_{dtype}.onnx'
@@ -155,7 +161,7 @@ def row(name: str, dtype: str, sizes: str, times: Dict[Way, List[float]],
     base = 'float32' if dtype == 'int8' else dtype
     eager = times.get(Way(name, base, 'eager'))
     cells = {'model': Path(name).stem if name.endswith('.py') else name,
-             'exported sizes': sizes, 'numbers': dtype}
+             'exported sizes': sizes, 'precision': dtype}
     for runtime in runtimes:
         own = times.get(Way(name, dtype, runtime))
         cells[f'{runtime}, ms'] = '' if own is None else cell(own, eager)
@@ -163,8 +169,10 @@ def row(name: str, dtype: str, sizes: str, times: Dict[Way, List[float]],
 
 
 def cell(own: Sequence[float], eager: Sequence[float]) -> str:
-    text = f'{1e3 * Spread.of(own).median:.0f}'
+    low, median, high = (f'{1e3 * x:.0f}' for x in (
+        Spread.of(own).p10, Spread.of(own).median, Spread.of(own).p90))
+    text = f'{median} ({low}-{high})'
     if eager is None or eager is own:
         return text
     ratio = Spread.of([a / b for a, b in zip(eager, own)]).median
-    return f'{text} ({ratio:.2f})'
+    return f'{text}, x{ratio:.2f}'

@@ -67,10 +67,10 @@ def largest_differences(
         expected, got = part(*inputs), run(*inputs)
         if part.task == 'detection':
             distances = nearest_boxes(*expected, *got).sort().values
-            compared = distances[:math.ceil(boxes * len(distances))].tolist()
+            compared = distances[:math.ceil(boxes * len(distances))]
             # Without boxes, as of an untrained model, nothing is compared.
             count = (expected[1] >= 0).sum().item()
-            differences = [(max(compared, default=0.), f'dets, {count} boxes')]
+            differences = [(largest(compared), f'dets, {count} boxes')]
         else:
             differences = [
                 (relative_difference(*pair), name)
@@ -109,8 +109,16 @@ def nearest_boxes(dets: Tensor, labels: Tensor, other_dets: Tensor,
 
 
 def relative_difference(expected: Tensor, got: Tensor) -> float:
-    """Infinite if the shapes differ."""
+    """Infinite if the shapes differ, or where there is no number (NaN)."""
     if expected.shape != got.shape:
-        return float('inf')
-    difference = (expected.double() - got.double()).abs().max()
-    return (difference / expected.double().abs().max().clamp(min=1e-12)).item()
+        return math.inf
+    scale = expected.double().abs().max().clamp(min=1e-12)
+    return largest((expected.double() - got.double()).abs() / scale)
+
+
+def largest(values: Tensor) -> float:
+    """The largest value: infinite if one is NaN, 0 if there are none."""
+    if not values.numel():
+        return 0.
+    value = values.max().item()  # NaN if there is one
+    return math.inf if math.isnan(value) else value

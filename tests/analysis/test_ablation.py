@@ -1,15 +1,18 @@
 """The grid of variants, on a folder of random images."""
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 from mmengine.config import Config
 from mmengine.runner import Runner
+from torch import nn
 
 from mmlavit.analysis import ablation, training
-from mmlavit.analysis.ablation import (VARIANTS, Grid, check_config, entropy_rows,
+from mmlavit.analysis.ablation import (VARIANTS, Grid, check_config, layer_rows,
                                        summarise, table_rows, train)
+from mmlavit.analysis.building import build_model
 from mmlavit.models.backbones.arch import resolve_arch
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +40,7 @@ def grid(tmp_path) -> Grid:
 
 
 def test_grid_is_trained_once_resumed_and_summarised(grid, monkeypatch):
-    names = ['LaViT', 'identity', 'all VA (the twin)', 'uniform everywhere']
+    names = ['LaViT', 'identity', 'all VA (the twin)', 'uniform everywhere', 'ResNet']
     tasks = []
 
     def listen(task, arguments, log):
@@ -55,18 +58,20 @@ def test_grid_is_trained_once_resumed_and_summarised(grid, monkeypatch):
     monkeypatch.setattr(training, 'launch', listen)
     for name in names:
         assert 0 <= train(grid, name, 0) <= 100
-    assert tasks == ['train'] * 4
+    assert tasks == ['train'] * 5
     rows = {name: summarise(grid, name, [0], images=8) for name in names}
     # Plain reuse makes maps more alike, and has no Theta and Psi; the twin has Q
     # and K instead.
-    lavit, identity, twin, uniform = (rows[name] for name in names)
+    lavit, identity, twin, uniform, resnet = (rows[name] for name in names)
     assert identity['maps'] > twin['maps']
     assert identity['params'] < min(lavit['params'], twin['params'])
     assert 1 - uniform['va_entropy'] < 1e-6 < 1 - twin['va_entropy']
     assert uniform['params'] == twin['params']
-    layers = entropy_rows(list(rows.values()))
-    assert layers[3] == dict(variant='uniform everywhere',
-                             **{f'layer {i}': '1.00' for i in range(5)})
+    assert resnet['macs'] > 0
+    layers = layer_rows(list(rows.values()), 'entropy')
+    every = [f'layer {i}' for i in range(5)]
+    assert [layers[3][name] for name in every] == ['1.00'] * 5
+    assert [layers[4][name] for name in every] == [''] * 5
 
     # Cut off between the last checkpoint and its validation: only tested.
     tasks.clear()
@@ -81,8 +86,19 @@ def test_grid_is_trained_once_resumed_and_summarised(grid, monkeypatch):
     tasks.clear()
     assert train(grid, 'LaViT', 0) == rows['LaViT']['score']
     assert not tasks
-    with pytest.raises(ValueError, match='another configuration or budget'):
+    assert train(grid._replace(workers=1), 'LaViT', 0) == rows['LaViT']['score']
+    with pytest.raises(ValueError, match='another configuration, budget, data set'):
         train(grid._replace(epochs=2), 'LaViT', 0)
+    (grid.data / 'dataset.json').write_text('{"seed": 1}')
+    with pytest.raises(ValueError, match='another configuration, budget, data set'):
+        train(grid, 'LaViT', 0)
+    (grid.data / 'dataset.json').unlink()
+    with training.alone(run), pytest.raises(RuntimeError, match='another process'):
+        train(grid, 'LaViT', 0)
+    # What was trained there is not known.
+    (run / 'asked/config.py').unlink()
+    with pytest.raises(ValueError, match='another configuration, budget, data set'):
+        train(grid, 'LaViT', 0)
 
 
 def test_images_are_augmented_or_not(grid):
@@ -90,6 +106,37 @@ def test_images_are_augmented_or_not(grid):
         config = ablation.make_config(grid._replace(augments=augments), 'LaViT', 0)
         kinds = {step.type for step in config.train_dataloader.dataset.pipeline}
         assert ({'RandomCrop', 'RandomFlip'} <= kinds) == augments
+
+
+def test_the_resnet_is_as_large_as_the_network():
+    config = Config.fromfile(ROOT / 'configs/lavit_n_tin100.py')
+    count = sum(p.numel() for p in build_model(config).parameters())
+    ablation.set_backbone(config.model, 'ResNet', {})
+    model = build_model(config)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(count, rel=.05)
+
+
+def test_sizes_that_a_config_switches_to_are_left_out(grid):
+    """Else images would be cropped and flipped at 96 and 128 px from epoch 13 on."""
+    grid = grid._replace(config=ROOT / 'configs/lavit_n_tin100.py')
+    hooks = ablation.make_config(grid, 'LaViT', 0).custom_hooks
+    assert [hook.type for hook in hooks] == ['InvalidLossHook']
+    with pytest.raises(ValueError, match='without SwitchRecipeHook'):
+        check_config(grid.config, None)
+
+
+def test_uniform_maps_are_where_they_are_said_to_be(grid):
+    config = ablation.make_config(grid, 'uniform in the place of LA', 0)
+    hook = dict(config.custom_hooks[-1])
+    assert hook.pop('type') == 'UniformMaps'
+    model = build_model(config)
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    ablation.UniformMaps(**hook).before_train(SimpleNamespace(model=model))
+    kept = [[bool(block.attn.q.weight.any()) for block in stage.blocks]
+            for stage in model.backbone.stages]
+    assert kept == [[True, True], [True, False, False]]
+    assert not model.backbone.stages[1].blocks[1].attn.q.weight.requires_grad
 
 
 def test_a_training_that_fails_names_its_log(grid, monkeypatch):
@@ -109,7 +156,6 @@ def test_variants_are_what_they_are_called():
         'LA one stage earlier': [1, 2, 0],
         'LA stages only': [2, 4, 0],
         'all VA (the twin)': [2, 4, 4],
-        'PVTv2 of these widths': [2, 4, 4],
         'uniform in the place of LA': [2, 4, 4],
         'uniform everywhere': [2, 4, 4]
     }
@@ -124,7 +170,7 @@ def test_every_row_names_its_data_and_budget(grid):
     summary = dict(dict.fromkeys(ablation.COLUMNS, 1.23456), metric='top-1')
     rows = table_rows([dict(summary, variant='LaViT', scale=grid.describe(),
                             spread=None, seeds=1)])
-    assert rows[0]['scale'] == 'data at 32 px, 1 epochs, batch 4'
+    assert rows[0]['scale'] == 'data at 32 px (64 keys), 1 epochs, batch 4'
     assert rows[0]['top-1, %'] == '1.2' and rows[0]['± (std over seeds)'] == ''
     assert rows[0]['MACs, G'] == '1.235' and rows[0]['training step, ms'] == '1'
 
@@ -132,6 +178,7 @@ def test_every_row_names_its_data_and_budget(grid):
 @pytest.mark.parametrize('path, data, message', [
     ('retinanet_lavit_t_coco.py', Path('data'), "expected a classifier's config"),
     ('baselines/retinanet_r50_coco.py', None, 'whose backbone is LaViT'),
+    ('baselines/lavit-n-twin_tin100.py', Path('data'), 'less-attention layers'),
     ('semantic_fpn_lavit_t_ade20k.py', None, 'that trains by epochs')])
 def test_other_configs_are_named(path, data, message):
     with pytest.raises(ValueError, match=f'{ROOT}/configs/{path}: .*{message}'):

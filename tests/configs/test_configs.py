@@ -20,7 +20,8 @@ from mmlavit.models.backbones.arch import ARCHS
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path for path in (ROOT / 'configs').rglob('*.py')
                  if '_base_' not in path.parts)
-OURS = [path for path in CONFIGS if 'lavit' in path.name]
+OURS = [path for path in CONFIGS
+        if 'lavit' in path.name and path.parent.name == 'configs']
 PLUGINS = [path for path in CONFIGS if path.parent.name == 'plugins']
 BASELINES = [path for path in CONFIGS if path not in OURS + PLUGINS]
 DETECTION = [path for path in OURS if 'retinanet' in path.name]
@@ -112,7 +113,8 @@ def test_config_trains_a_step_of_every_parameter(path):
         assert log['loss_dp'] == 0
     parts = [value for name, value in log.items()
              if 'loss' in name and name != 'loss']
-    torch.testing.assert_close(log['loss'], sum(parts))
+    if parts:
+        torch.testing.assert_close(log['loss'], sum(parts))
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, f'{name} is unused: DDP would fail'
         assert parameter.grad.isfinite().all(), name
@@ -246,7 +248,7 @@ def test_detector_begins_from_a_served_file_of_pvtv2(served):
 
 
 @pytest.mark.parametrize('path', [p for p in OURS if not any(
-    part in p.name for part in ('in1k', 'digits', 'pvtv2'))],
+    part in p.name for part in ('in1k', 'digits', 'pvtv2', 'tin100'))],
                          ids=lambda path: path.stem)
 def test_pre_training_is_of_the_classifier_of_the_same_size(path):
     backbone = load(path).model.backbone

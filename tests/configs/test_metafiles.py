@@ -12,7 +12,8 @@ from modelindex.load_model_index import load  # as mim reads it
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = yaml.safe_load((ROOT / 'configs/published.yml').read_text())
-DATA = dict(classification='ImageNet-1k', detection='COCO', segmentation='ADE20K')
+DATA = dict(classification='ImageNet-1k', detection='COCO', segmentation='ADE20K',
+            tiny_imagenet='Tiny ImageNet (100 classes)')
 ROWS = [(table, row) for table in DATA for row in PUBLISHED[table] if 'config' in row]
 COLUMNS = {
     'Top 1 Accuracy': 'top1', 'box AP': 'AP', 'mIoU': 'mIoU',
@@ -45,7 +46,7 @@ def copy(tmp_path):
     shutil.copytree(ROOT / 'configs', tmp_path / 'configs')
     (tmp_path / 'tools').mkdir()
     shutil.copy(ROOT / 'tools/make_metafiles.py', tmp_path / 'tools')
-    published = dict(PUBLISHED, detection=[], segmentation=[])
+    published = dict(PUBLISHED, detection=[], segmentation=[], tiny_imagenet=[])
     published['classification'] = [
         dict(model='LaViT-T', config='lavit_t_in1k.py', top1=79.2),
         dict(model='Swin-T', config='baselines/swin-t_in1k.py', top1=81.3),

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import logging
+import math
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
+from mmengine.registry import MODELS
 from torch import nn
 
 from builders import digits_config, randomise
@@ -32,7 +34,7 @@ onnxruntime = pytest.importorskip('onnxruntime')
 pytest.importorskip('openvino')
 
 from mmlavit.export import (choose, metadata, parts, programs,  # noqa: E402
-                            verify)
+                            shrink, verify)
 
 ROOT = Path(__file__).parents[2]
 # Every kind of layer: VA, LA, and scores inherited across stages.
@@ -125,7 +127,7 @@ def test_backbone_at_sizes_that_are_not_the_examples(options, tmp_path):
 
     assert worst(path) < 1e-5
     half.write_bytes(path.read_bytes())
-    programs.halve_weights(half)
+    shrink.halve_weights(half)
     assert 1e-5 < worst(half) < 1e-2
     assert half.stat().st_size < path.stat().st_size
     programs.to_pt2(program, pt2)
@@ -204,7 +206,10 @@ def test_logits_and_dense_detections_in_every_runtime(name, tmp_path):
     path, pt2 = tmp_path / 'x.onnx', tmp_path / 'x.pt2'
     program = programs.export_program(part)
     programs.to_onnx(program, part, path)
-    programs.to_pt2(program, pt2)
+    programs.to_pt2(program, pt2, dict(classes='["a"]'))
+    held = dict(classes='')
+    torch.export.load(pt2, extra_files=held)
+    assert held == dict(classes='["a"]')
     for file, runtime in ((path, 'onnxruntime'), (path, 'openvino'), (pt2, 'torch')):
         rows = verify.largest_differences(
             part, file, runtime, [(1, 97, 161), (3, 64, 40)])
@@ -257,12 +262,70 @@ def test_wrong_parts_are_named():
         choose.choose_part(build_model(config), 'end-to-end')
 
 
+def test_other_dense_heads_are_named_or_refused():
+    """FCOS's third output has a name; the boxes of FCOS and GFL are of other coders."""
+    config = detector_config(Path('data'))
+    head = config.model.bbox_head
+    for kind, changes in (('FCOSHead', dict(strides=[4, 8], norm_cfg=None)),
+                          ('GFLHead', dict(reg_max=4, norm_cfg=dict(type='BN')))):
+        config.model.bbox_head = dict(
+            type=kind, num_classes=3, in_channels=head.in_channels, feat_channels=8,
+            stacked_convs=1, **changes)
+        if kind == 'GFLHead':
+            config.model.bbox_head.update(
+                anchor_generator=dict(type='AnchorGenerator', ratios=[1.],
+                                      octave_base_scale=4, scales_per_octave=1,
+                                      strides=[4, 8]),
+                loss_cls=dict(type='QualityFocalLoss', use_sigmoid=True))
+        model = build_model(config)
+        part = choose.choose_part(model, 'model')
+        outs = part(*part.example(1, 64, 64))
+        assert len(outs) == len(part.outputs) == len(set(part.outputs))
+        assert ('other1' in part.outputs) == (kind == 'FCOSHead')
+        with pytest.raises(ValueError, match='bbox_head.bbox_coder=DistancePoint'):
+            choose.choose_part(model, 'end-to-end')
+
+
+def test_what_is_no_number_is_a_difference():
+    x = torch.tensor([1., 2.])
+    assert verify.relative_difference(x, torch.tensor([1., math.nan])) == math.inf
+    assert verify.relative_difference(x, torch.tensor([1., 1.])) == .5
+    assert verify.largest(torch.tensor([])) == 0
+
+
+@pytest.mark.parametrize('preprocessor, divisor', [
+    (dict(type='mmdet.DetDataPreprocessor', pad_size_divisor=32), 32),
+    (dict(type='mmdet.DetDataPreprocessor', pad_size_divisor=10), 20),
+    (dict(type='mmseg.SegDataPreProcessor', test_cfg=dict(size_divisor=16)), 16),
+    (dict(type='mmpretrain.ClsDataPreprocessor'), 4)])
+def test_padding_fits_the_preprocessor_and_the_part(preprocessor, divisor):
+    for toolbox in ('mmdet', 'mmseg', 'mmpretrain'):
+        importlib.import_module(f'{toolbox}.models')
+    part = Bare(nn.Identity())
+    part.divisor = 4
+    model = mock.Mock(data_preprocessor=MODELS.build(preprocessor))
+    about = metadata.describe(part, model, Config(), None)
+    assert json.loads(about['pad_divisor']) == divisor
+
+
+def test_average_precision_needs_boxes_and_names_what_it_does_not_know(digits):
+    tool, file = TOOLS['infer_onnx'], digits / 'annotations/val.json'
+    name = json.loads(file.read_text())['images'][0]['file_name']
+    box = dict(bboxes=[[0, 0, 9, 9]], scores=[.5])
+    for predictions, message in (
+            ({name: dict(bboxes=[], scores=[], labels=[])}, 'found no box'),
+            ({'none.png': dict(box, labels=['3'])}, '1 of the images are not in it'),
+            ({name: dict(box, labels=['cat'])}, "no class 'cat'")):
+        with pytest.raises(SystemExit, match=message):
+            tool.average_precision(predictions, file)
+
+
 def test_weights_beyond_float16_are_named(tmp_path):
     part = Bare(nn.Conv2d(3, 400, 1))
     part.module.weight.data[0] = 1e6
     path = as_onnx(part, tmp_path / 'x.onnx')
     with pytest.raises(ValueError, match='module.weight.*1e[+]06'):
-        programs.halve_weights(path)
+        shrink.halve_weights(path)
 
 
 def test_what_int8_cannot_calibrate_is_refused_before_the_export(digits, tmp_path):
@@ -290,7 +353,7 @@ def test_a_file_that_cannot_be_finished_is_not_left(tmp_path):
         path.write_bytes(b'in float32')
 
     with mock.patch.object(programs, 'to_onnx', write), mock.patch.object(
-            programs, 'halve_weights', side_effect=ValueError('too large')):
+            shrink, 'halve_weights', side_effect=ValueError('too large')):
         with pytest.raises(ValueError, match='too large'):
             TOOLS['export'].write_onnx(None, None, path, {}, True, [])
     assert not path.exists()
@@ -311,7 +374,7 @@ def test_steps_that_infer_onnx_does_not_know_are_refused():
     about = dict(task='"classification"', resize=json.dumps(steps))
     with mock.patch.object(TOOLS['infer_onnx'], 'start_onnxruntime',
                            lambda path: (None, about)):
-        with pytest.raises(SystemExit, match='x.onnx: test pipeline: Resize, Crop: '):
+        with pytest.raises(ValueError, match='x.onnx: test pipeline: Resize, Crop: '):
             TOOLS['infer_onnx'].Model(Path('x.onnx'))
 
 
@@ -379,7 +442,7 @@ def test_linear_layers_in_int8_are_nearly_the_same(tmp_path):
     x = torch.rand(4, 3, 12, 12)
     torch.onnx.export(part, (x, ), path, dynamo=True, input_names=['images'],
                       verbose=False)
-    assert programs.quantise_linear(
+    assert shrink.quantise_linear(
         path, [dict(images=x.numpy()), dict(images=x.flip(0).numpy())]) == 2
     stored = [w.data_type for w in onnx.load(path).graph.initializer
               if len(w.dims) > 1]

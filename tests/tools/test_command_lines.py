@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from builders import ARCH
+from builders import ARCH, digits_config, randomise
 from mmlavit.analysis.ablation import VARIANTS
+from mmlavit.analysis.building import build_model
 from mmlavit.analysis.paper_tables import TABLES
 from mmlavit.analysis.peers import PEERS
 from mmlavit.models.backbones.arch import ARCHS
@@ -143,9 +145,26 @@ def test_ablation_trains_in_a_process_of_its_own(images, config, tmp_path):
     assert row['variant'] == 'identity' and 0 <= float(row['score']) <= 100
     table = (out / 'ablation.md').read_text()
     assert table in printed and 'Not an ImageNet result' in table
-    assert table.count('images at 32 px, 1 epochs, batch 4') == 2
+    assert table.count('images at 32 px (1 keys), 1 epochs, batch 4') == 2
     assert '| layer 0 |' in table
     assert cv2.imread(str(out / 'ablation.png')).std() > 10
+
+
+def test_cams_are_drawn_of_what_can_be_read(digits, tmp_path):
+    config = digits_config(digits)
+    config.dump(tmp_path / 'config.py')
+    torch.save(dict(state_dict=randomise(build_model(config)).state_dict()),
+               tmp_path / 'x.pth')
+    folder = tmp_path / 'images'
+    folder.mkdir()
+    shutil.copy(next((digits / 'classes/val/3').iterdir()), folder / 'a.png')
+    (folder / 'b.png').write_bytes(b'no image')
+    done = run('cam', tmp_path / 'config.py', tmp_path / 'x.pth', folder, '--size', '64',
+               '96', '--category', '3', '--out', tmp_path / 'cam')
+    assert 'b.png: not a readable image, skipped' in done.stderr
+    assert f'{tmp_path}/cam/a.png: 3, score ' in done.stdout
+    assert cv2.imread(str(tmp_path / 'cam/a.png')).shape == (64, 96, 3)
+    assert not (tmp_path / 'cam/b.png').exists()
 
 
 def test_analysis_writes_measures_and_pictures_of_two_models(

@@ -3,17 +3,18 @@
 Each image has several of scikit-learn's scanned digits, each in a colour of its own, and a
 bar at its border in one of these colours. The class is the digit that has the bar's colour. Colours
 are random for each image, and so is the side of the bar. Digits of the validation images
-occur in no training image.
+occur in no training image. Who reads the digits and not the bar is right in one of
+--digits cases.
 
-    python tools/make_cued_digits.py data/cued_digits
+    python tools/make_cued_digits.py data/cued_digits --digits 2
 
     data/cued_digits/{train,val}/{0-9}/*.png    class folders
     data/cued_digits/dataset.json               the arguments, written last
 """
 import argparse
 import colorsys
-import json
 import sys
+import zlib
 from pathlib import Path
 from typing import List, Tuple
 
@@ -91,24 +92,27 @@ def compose(rng: np.random.Generator, scans: np.ndarray, labels: np.ndarray,
 def main() -> None:
     args = parse_args()
     # After parsing: it takes seconds, which --help need not wait for.
-    from mmlavit.analysis.digits import split_digits
+    from mmlavit.analysis.digits import is_made, making, split_digits
     settings = {k: v for k, v in vars(args).items() if k != 'out'}
-    stamp = args.out / 'dataset.json'
-    if stamp.is_file() and json.loads(stamp.read_text()) == settings:
-        print(f'{args.out} is already there.')
-        return
-    if args.out.exists() and any(args.out.iterdir()):
-        sys.exit(f'{args.out} holds something else: name another folder.')
-    rng = np.random.default_rng(args.seed)
-    scans = split_digits(rng)
-    for split in ('train', 'val'):
-        for label in range(10):
-            (args.out / split / str(label)).mkdir(parents=True)
-        for i in tqdm(range(getattr(args, split)), desc=f'{split} images',
-                      unit='image', disable=None):
-            image, label = compose(rng, *scans[split], args.size, args.digits)
-            cv2.imwrite(str(args.out / split / str(label) / f'{i:05d}.png'), image)
-    stamp.write_text(json.dumps(settings))
+    # So that data made by another version of this file is made anew.
+    settings['generator'] = zlib.crc32(Path(__file__).read_bytes())
+    args.out = args.out.resolve()
+    try:
+        if is_made(args.out, settings):
+            print(f'{args.out} is already there.')
+            return
+    except FileExistsError as error:
+        sys.exit(str(error))
+    with making(args.out, settings) as folder:
+        rng = np.random.default_rng(args.seed)
+        scans = split_digits(rng)
+        for split in ('train', 'val'):
+            for label in range(10):
+                (folder / split / str(label)).mkdir(parents=True)
+            for i in tqdm(range(getattr(args, split)), desc=f'{split} images',
+                          unit='image', disable=None):
+                image, label = compose(rng, *scans[split], args.size, args.digits)
+                cv2.imwrite(str(folder / split / str(label) / f'{i:05d}.png'), image)
     print(f'Wrote {args.out}: {args.train} + {args.val} images.')
 
 

@@ -15,9 +15,7 @@ of the validation images occur in no training image.
 """
 import argparse
 import json
-import shutil
 import sys
-import tempfile
 import zlib
 from pathlib import Path
 from typing import Tuple
@@ -166,33 +164,24 @@ def write_split(out: Path, split: str, count: int, scans: np.ndarray,
 def main() -> None:
     args = parse_args()
     # After parsing: it takes seconds, which --help need not wait for.
-    from mmlavit.analysis.digits import split_digits
+    from mmlavit.analysis.digits import is_made, making, split_digits
     settings = {k: v for k, v in vars(args).items() if k != 'out'}
     settings['digits'] = list(args.digits)
     # So that data made by another version of this file is made anew.
     settings['generator'] = zlib.crc32(Path(__file__).read_bytes())
     args.out = args.out.resolve()
-    stamp = args.out / 'dataset.json'
-    if stamp.is_file():
-        if json.loads(stamp.read_text()) == settings:
+    try:
+        if is_made(args.out, settings):
             print(f'{args.out} is already there.')
             return
-    elif args.out.exists() and any(args.out.iterdir()):
-        sys.exit(f'{args.out} holds something else: name another folder.')
-
-    # Beside the target, so that a cut-off run leaves no half data set there.
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory('.part', f'{args.out.name}.',
-                                     args.out.parent) as folder:
-        part = Path(folder) / args.out.name
+    except FileExistsError as error:
+        sys.exit(str(error))
+    with making(args.out, settings) as folder:
         rng = np.random.default_rng(args.seed)
         scans = split_digits(rng)
         for split in SPLITS:
-            write_split(part, split, getattr(args, split), *scans[split], args.size,
+            write_split(folder, split, getattr(args, split), *scans[split], args.size,
                         args.digits, rng)
-        (part / stamp.name).write_text(json.dumps(settings))
-        shutil.rmtree(args.out, ignore_errors=True)
-        part.rename(args.out)
     print(f'Wrote {args.out}: {args.train} + {args.val} images.')
 
 

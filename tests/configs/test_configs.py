@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path for path in (ROOT / 'configs').rglob('*.py')
                  if '_base_' not in path.parts)
 OURS = [path for path in CONFIGS
-        if 'lavit' in path.name and path.parent.name == 'configs']
+        if 'lavit' in path.name and path.parent.name in ('configs', 'ablation')]
 PLUGINS = [path for path in CONFIGS if path.parent.name == 'plugins']
 BASELINES = [path for path in CONFIGS if path not in OURS + PLUGINS]
 DETECTION = [path for path in OURS if 'retinanet' in path.name]
@@ -248,7 +248,7 @@ def test_detector_begins_from_a_served_file_of_pvtv2(served):
 
 
 @pytest.mark.parametrize('path', [p for p in OURS if not any(
-    part in p.name for part in ('in1k', 'digits', 'pvtv2', 'tin100'))],
+    part in p.name for part in ('in1k', 'digits', 'pvtv2', 'tin100', 'lavit-'))],
                          ids=lambda path: path.stem)
 def test_pre_training_is_of_the_classifier_of_the_same_size(path):
     backbone = load(path).model.backbone

@@ -62,11 +62,11 @@ def parse_args() -> argparse.Namespace:
         '--only', default='', metavar='TEXT',
         help='rows whose model contains this; default: all; e.g. --only LaViT-S')
     parser.add_argument(
-        '--seeds', type=int, nargs='+', default=[0, 1, 2], metavar='SEED',
+        '--seeds', type=int, nargs='+', metavar='SEED',
         help='of small: a training of every network for each; default: 0 1 2; e.g. '
         '--seeds 0')
     parser.add_argument(
-        '--tasks', nargs='+', choices=TABLES, default=TABLES, metavar='TABLE',
+        '--tasks', nargs='+', choices=TABLES, metavar='TABLE',
         help='of small: some of the three tables; default: all; e.g. --tasks '
         'classification')
     parser.add_argument(
@@ -86,6 +86,15 @@ def parse_args() -> argparse.Namespace:
     for item in args.result + args.result_ms:
         if '=' not in item:
             parser.error(f'{item}: expected CONFIG=FILE')
+    if args.table == 'small':
+        if args.run or args.result or args.result_ms or args.train_args:
+            parser.error('small: expected no --run, --result, --result-ms and '
+                         '--train-args')
+        args.seeds, args.tasks = args.seeds or [0, 1, 2], args.tasks or TABLES
+        if len(set(args.seeds)) < len(args.seeds):
+            parser.error(f'--seeds {" ".join(map(str, args.seeds))}: expected each once')
+    elif args.seeds or args.tasks:
+        parser.error('--seeds, --tasks: expected the table small with them')
     return args
 
 
@@ -105,7 +114,8 @@ def small(only: str, tasks: Sequence[str], seeds: Sequence[int], out: Path,
     from tqdm import tqdm
 
     from mmlavit.analysis.report import markdown_table, write_csv
-    from mmlavit.analysis.small_tables import NETWORKS, make_row, train_network
+    from mmlavit.analysis.small_tables import (NETWORKS, describe, make_row,
+                                               train_network)
     logging.disable(logging.INFO)
     networks = [name for name in NETWORKS if only in name]
     if not networks:
@@ -120,8 +130,8 @@ def small(only: str, tasks: Sequence[str], seeds: Sequence[int], out: Path,
     except (RuntimeError, ValueError) as error:
         sys.exit(str(error))
     rows = [make_row(configs, out, name, tasks, seeds) for name in networks]
-    text = (f'Made digits, from scratch, seeds {" ".join(map(str, seeds))}\n\n'
-            f'{markdown_table(rows)}\n')
+    text = (f'{describe(configs, tasks)}; from scratch, seeds '
+            f'{" ".join(map(str, seeds))}.\n\n{markdown_table(rows)}\n')
     (out / 'small.md').write_text(text)
     write_csv(rows, out / 'small.csv')
     print(f'\n{text}\nwritten to {out}/small.md and .csv')

@@ -90,6 +90,15 @@ def train_network(configs: Path, out: Path, task: str, network: str,
                  work_dir(out, task, network, seed))
 
 
+def describe(configs: Path, tasks: Sequence[str]) -> str:
+    """The data and the budget of some tasks."""
+    budgets = (
+        f'{TASKS[task].title} at {TASKS[task].size} px, '
+        f'{Config.fromfile(configs / TASKS[task].config).train_cfg.max_epochs} epochs'
+        for task in tasks)
+    return f'Made digits: {"; ".join(budgets)}'
+
+
 def make_row(configs: Path, out: Path, network: str, tasks: Sequence[str],
              seeds: Sequence[int]) -> Dict[str, str]:
     """A network's scores, means and standard deviations over seeds, and its cost."""

@@ -8,8 +8,8 @@ from builders import BATCHES
 from mmlavit.analysis import training
 from mmlavit.analysis.building import build_model
 from mmlavit.analysis.complexity import count_macs
-from mmlavit.analysis.small_tables import (NETWORKS, TASKS, make_config, make_row,
-                                           train_network)
+from mmlavit.analysis.small_tables import (NETWORKS, TASKS, describe, make_config,
+                                           make_row, train_network)
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 
@@ -65,3 +65,5 @@ def test_trains_what_is_missing_and_reads_the_rest(tmp_path, monkeypatch):
     assert launched == [0, 1]
     row = make_row(CONFIGS, tmp_path, 'LaViT-N', ['segmentation'], [0, 1])
     assert row['Semantic FPN: mIoU, %'] == '41.0 ± 1.4'
+    assert describe(CONFIGS, ['segmentation']) == (
+        'Made digits: Semantic FPN at 160 px, 6 epochs')

@@ -87,6 +87,15 @@ def test_help_names_what_there_is_to_choose_from(tool):
 
 # Wrong arguments ------------------------------------------------------------
 @pytest.mark.parametrize('args, message', [
+    (['tables', 'small', '--run'], 'small: expected no --run'),
+    (['tables', 'small', '--seeds', '0', '0'], '--seeds 0 0: expected each once'),
+    (['tables', 'all', '--seeds', '0'], 'expected the table small'),
+    (['ablate', 'configs/lavit_t_in1k.py', '--only', 'ResNet'], 'expected DATA with it'),
+    (['ablate', 'configs/lavit_t_in1k.py', '--epochs', '0'], '--epochs 0: expected more'),
+    (['ablate', 'configs/lavit_t_in1k.py', '--seeds', '1', '1'], 'expected each once'),
+    (['benchmark_export', '--batch-size', '0'], '--batch-size 0: at least 1'),
+    (['export', 'configs/lavit_t_in1k.py', 'x.pt2', '--runtime', 'openvino'],
+     '--runtime: expected --verify'),
     (['benchmark', 'LaViT-S', '--whole'], 'expected the paths of configs'),
     (['benchmark', '--layer', 'x', '--train'], '--layer takes no --train'),
     (['benchmark', '--rounds', '1'], '--rounds 1: at least 2'),

@@ -1,6 +1,6 @@
-"""LaViT-N on 100 classes of Tiny-ImageNet: our first weights, trained on a CPU.
+"""LaViT-N on 100 classes of Tiny-ImageNet, small enough for a CPU.
 
-20 epochs: 12 at 64 px, 5 at 96, 3 at 128. docs/reports/tiny_imagenet.md has the results.
+20 epochs: 12 at 64 px, 5 at 96, 3 at 128.
 """
 _base_ = [
     '_base_/datasets/tiny_imagenet100_128.py',

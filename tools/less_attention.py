@@ -5,9 +5,9 @@
 
 CONFIG and CHECKPOINT are of a model that was trained with mmpretrain's VisionTransformer
 or SwinTransformer, or mmdet's PyramidVisionTransformer or SwinTransformer. The tool tests
-it, gives its layers less attention (those whose attention maps are most like the maps of
-the layers before, deepest first, or those of --layers), tests again, trains a few epochs
-and tests once more. It writes to the folder of --out:
+it, gives layers less attention (all whose attention maps are at least --min-similarity like
+the map that they would inherit, or those of --layers), tests again, trains a few epochs and
+tests once more. It writes to the folder of --out:
 
     config.py            the converted model's config, which loads CHECKPOINT; it has no
                          DP loss
@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
                         help='layers to convert, counted from 0 through all stages; '
                         'default: chosen by similarity; e.g. --layers 8 9 10 11')
     parser.add_argument('--num-layers', type=int, metavar='N',
-                        help='choose no more layers; default: any number; '
+                        help='choose no more layers, and of more the deepest; default: any number; '
                         'e.g. --num-layers 4')
     parser.add_argument('--min-similarity', type=float, default=0.8, metavar='X',
                         help='choose layers whose map has at least this cosine '

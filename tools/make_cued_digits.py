@@ -13,8 +13,6 @@ occur in no training image. Who reads the digits and not the bar is right in one
 """
 import argparse
 import colorsys
-import sys
-import zlib
 from pathlib import Path
 from typing import List, Tuple
 
@@ -89,31 +87,28 @@ def compose(rng: np.random.Generator, scans: np.ndarray, labels: np.ndarray,
     return image.clip(0, 255).round().astype(np.uint8), int(labels[chosen[cued]])
 
 
+def write_split(folder: Path, count: int, scans: np.ndarray, labels: np.ndarray,
+                args: argparse.Namespace, rng: np.random.Generator) -> None:
+    for label in range(10):
+        (folder / str(label)).mkdir(parents=True)
+    for i in tqdm(range(count), desc=f'{folder.name} images', unit='image',
+                  disable=None):
+        image, label = compose(rng, scans, labels, args.size, args.digits)
+        cv2.imwrite(str(folder / str(label) / f'{i:05d}.png'), image)
+
+
 def main() -> None:
     args = parse_args()
     # After parsing: it takes seconds, which --help need not wait for.
-    from mmlavit.analysis.digits import is_made, making, split_digits
-    settings = {k: v for k, v in vars(args).items() if k != 'out'}
-    # So that data made by another version of this file is made anew.
-    settings['generator'] = zlib.crc32(Path(__file__).read_bytes())
-    args.out = args.out.resolve()
-    try:
-        if is_made(args.out, settings):
-            print(f'{args.out} is already there.')
-            return
-    except FileExistsError as error:
-        sys.exit(str(error))
-    with making(args.out, settings) as folder:
+    from mmlavit.analysis.digits import make_once, split_digits
+
+    def write(folder: Path) -> None:
         rng = np.random.default_rng(args.seed)
         scans = split_digits(rng)
         for split in ('train', 'val'):
-            for label in range(10):
-                (folder / split / str(label)).mkdir(parents=True)
-            for i in tqdm(range(getattr(args, split)), desc=f'{split} images',
-                          unit='image', disable=None):
-                image, label = compose(rng, *scans[split], args.size, args.digits)
-                cv2.imwrite(str(folder / split / str(label) / f'{i:05d}.png'), image)
-    print(f'Wrote {args.out}: {args.train} + {args.val} images.')
+            write_split(folder / split, getattr(args, split), *scans[split], args, rng)
+
+    make_once(args, __file__, write)
 
 
 if __name__ == '__main__':

@@ -15,8 +15,6 @@ of the validation images occur in no training image.
 """
 import argparse
 import json
-import sys
-import zlib
 from pathlib import Path
 from typing import Tuple
 
@@ -164,25 +162,16 @@ def write_split(out: Path, split: str, count: int, scans: np.ndarray,
 def main() -> None:
     args = parse_args()
     # After parsing: it takes seconds, which --help need not wait for.
-    from mmlavit.analysis.digits import is_made, making, split_digits
-    settings = {k: v for k, v in vars(args).items() if k != 'out'}
-    settings['digits'] = list(args.digits)
-    # So that data made by another version of this file is made anew.
-    settings['generator'] = zlib.crc32(Path(__file__).read_bytes())
-    args.out = args.out.resolve()
-    try:
-        if is_made(args.out, settings):
-            print(f'{args.out} is already there.')
-            return
-    except FileExistsError as error:
-        sys.exit(str(error))
-    with making(args.out, settings) as folder:
+    from mmlavit.analysis.digits import make_once, split_digits
+
+    def write(folder: Path) -> None:
         rng = np.random.default_rng(args.seed)
         scans = split_digits(rng)
         for split in SPLITS:
             write_split(folder, split, getattr(args, split), *scans[split], args.size,
                         args.digits, rng)
-    print(f'Wrote {args.out}: {args.train} + {args.val} images.')
+
+    make_once(args, __file__, write)
 
 
 if __name__ == '__main__':

@@ -1,10 +1,12 @@
 """What data sets of painted digits have in common: the scans, and their folder."""
 import json
 import shutil
+import sys
 import tempfile
-from contextlib import contextmanager
+import zlib
+from argparse import Namespace
 from pathlib import Path
-from typing import Dict, Iterator, Tuple
+from typing import Callable, Dict, Tuple
 
 import numpy as np
 
@@ -33,35 +35,38 @@ def split_digits(rng: np.random.Generator) -> Dict[str, Tuple[np.ndarray, np.nda
         val=(scans[held_out], digits.target[held_out]))
 
 
-def is_made(out: Path, settings: dict) -> bool:
-    """Whether a folder holds the data set of these settings.
+def make_once(args: Namespace, script: str, write: Callable[[Path], None]) -> None:
+    """Makes the data set of a tool's arguments, unless it is there already.
 
-    Raises:
-        FileExistsError: If it holds something that is no such data set.
-    """
-    stamp = out / STAMP
-    if stamp.is_file():
-        return json.loads(stamp.read_text()) == settings
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f'{out} holds something else: name another folder.')
-    return False
-
-
-@contextmanager
-def making(out: Path, settings: dict) -> Iterator[Path]:
-    """A folder that takes the place of ``out`` when the block ends without an error.
-
-    It lies beside it, so that a run that is cut off leaves no half data set there.
+    It is written beside its place and moved there at the end, so that a run that is cut
+    off leaves no half data set.
 
     Args:
-        out (Path): The data set's folder; an older data set in it is removed.
-        settings (dict): Written into the new one, for `is_made`.
+        args (Namespace): With the folder as ``out``. All other arguments are written
+            into it, so that a data set of others is made anew.
+        script (str): The tool's file; so is one of another version of it.
+        write (Callable): Writes the files into the folder that it is given.
+
+    Raises:
+        SystemExit: If the folder holds something that is no such data set.
     """
+    out = args.out.resolve()
+    settings = json.loads(json.dumps(
+        {name: value for name, value in vars(args).items() if name != 'out'}))
+    settings['generator'] = zlib.crc32(Path(script).read_bytes())
+    stamp = out / STAMP
+    if stamp.is_file():
+        if json.loads(stamp.read_text()) == settings:
+            print(f'{out} is already there.')
+            return
+    elif out.exists() and any(out.iterdir()):
+        sys.exit(f'{out} holds something else: name another folder.')
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory('.part', f'{out.name}.', out.parent) as folder:
         part = Path(folder) / out.name
         part.mkdir()
-        yield part
+        write(part)
         (part / STAMP).write_text(json.dumps(settings))
         shutil.rmtree(out, ignore_errors=True)
         part.rename(out)
+    print(f'Wrote {out}: {args.train} + {args.val} images.')

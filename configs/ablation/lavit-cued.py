@@ -1,6 +1,6 @@
 """A small LaViT for the cued digits (tools/make_cued_digits.py): 64 keys at 64 px.
 
-Three VA layers, which see colours early, and four LA layers, which see digits.
+One VA layer, which sees colours, and six LA layers behind it, which see digits.
 """
 _base_ = '../lavit_t_in1k.py'
 
@@ -12,7 +12,7 @@ model = dict(
             embed_dims=(32, 64),
             depths=(1, 6),
             num_heads=(1, 2),
-            num_va_layers=(1, 2),
+            num_va_layers=(1, 0),
             mlp_ratios=(2, 2),
             patch_sizes=(7, 3),
             strides=(4, 2)),

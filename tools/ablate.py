@@ -8,7 +8,8 @@ classifier, detector or segmentor with LaViT that trains by epochs; the DP loss 
 where the config has none. With DATA, a folder with ``train/CLASS/*`` and ``val/CLASS/*``
 or ``test/CLASS/*``, CONFIG is a classifier's, of which the model is taken; images are
 resized, and for training cropped and flipped. The learning rate warms up in 50 steps and
-falls along a cosine, whatever CONFIG has. Weights begin at random. What is done is skipped, what was cut off resumed. Writes to OUT:
+falls along a cosine, whatever CONFIG has. Weights begin at random. What is done is
+skipped, what was cut off resumed. Writes to OUT:
 
     ablation.md, .csv   top-1, AP or mIoU (mean and spread over seeds), parameters, MACs,
                         time of a training step, similarity of attention maps and tokens;
@@ -165,7 +166,8 @@ def main() -> None:
         parts += [about, markdown_table(layer_rows(summaries, measure))]
     text = '\n\n'.join(parts) + '\n'
     (args.out / 'ablation.md').write_text(text)
-    write_csv(summaries, args.out / 'ablation.csv')
+    write_csv([{key: value for key, value in row.items() if key != 'layers'}
+               for row in summaries], args.out / 'ablation.csv')
     plot(summaries, grid.describe(), args.out / 'ablation.png')
     print(f'\n{text}\nwritten to {args.out}/ablation.md, .csv and .png')
 

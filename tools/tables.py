@@ -120,8 +120,9 @@ def small(only: str, tasks: Sequence[str], seeds: Sequence[int], out: Path,
     networks = [name for name in NETWORKS if only in name]
     if not networks:
         sys.exit(f'--only {only}: expected a part of one of {", ".join(NETWORKS)}')
-    subprocess.run([sys.executable, str(ROOT / 'tools/make_digits.py'), 'data/digits'],
-                   check=True)
+    if subprocess.run([sys.executable, str(ROOT / 'tools/make_digits.py'),
+                       'data/digits']).returncode:
+        sys.exit('the digits could not be made')
     runs = [(task, name, seed) for seed in seeds for task in tasks for name in networks]
     try:
         for i, (task, name, seed) in enumerate(tqdm(runs, 'training', disable=None), 1):

@@ -1,10 +1,11 @@
 """Runs the toolbox's own train and test scripts, on the CPU ranks they lack.
 
 ``tools/train.py`` and ``tools/test.py`` of mmlavit are these scripts of mmdet,
-mmseg or mmpretrain, whichever the config's ``default_scope`` names, with four
+mmseg or mmpretrain, whichever the config's ``default_scope`` names, with five
 differences: mmlavit is imported, what one toolbox's script does not know of the
-common arguments is translated, ranks without a GPU talk over gloo, and all ranks
-leave their process group at the end.
+common arguments is translated, processes without a GPU keep the memory they have
+freed, ranks without a GPU talk over gloo, and all ranks leave their process group at
+the end.
 """
 import argparse
 import gc
@@ -18,6 +19,8 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS
 from torch import nn
+
+from .utils.memory import keep_freed_memory
 
 PIP_NAMES = dict(mmseg='mmsegmentation')
 CONFIG_SUFFIXES = ('.py', '.yml', '.yaml', '.json')
@@ -50,6 +53,8 @@ def main(task: str) -> None:
     if scope not in SCOPES:
         sys.exit(f'{path}: default_scope={scope!r}: expected one of {SCOPES}')
 
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     if scope == 'mmseg' and task == 'train':
         argv = translate_for_mmseg(argv)
     if args.launcher == 'pytorch' and not torch.cuda.is_available():

@@ -2,7 +2,7 @@
 
     python tools/benchmark.py                                   # LaViT-S and its peers
     python tools/benchmark.py LaViT-S PVTv2-B2 --size 800 1344 --batch-size 1 --train
-    python tools/benchmark.py LaViT-S LaViT-S-twin --scaling    # from 224 to 1600 pixels
+    python tools/benchmark.py LaViT-S LaViT-S-twin --scaling    # from 224 to 2048 pixels
     python tools/benchmark.py today --modes eager compiled bfloat16   # timm's, side by side
     python tools/benchmark.py configs/retinanet_lavit_s_coco.py \\
         configs/baselines/retinanet_pvtv2-b2_coco.py --whole --size 800 1344 --batch-size 1
@@ -50,7 +50,7 @@ from typing import Dict, Tuple
 PUBLISHED = Path(__file__).resolve().parents[1] / 'configs/published.yml'
 DEFAULT = ('LaViT-S', 'LaViT-S-twin', 'PVTv2-B2', 'Swin-T', 'ConvNeXt-T',
            'ResNet-50')
-SIDES = (224, 320, 448, 640, 896, 1280, 1600)
+SIDES = (224, 320, 448, 640, 896, 1280, 1600, 2048)
 # Those of mmlavit.analysis.benchmark, which --help need not import.
 MODES = ('eager', 'compiled', 'bfloat16', 'float16', 'compiled-bfloat16',
          'graphs-bfloat16')
@@ -175,9 +175,12 @@ def main() -> None:
 
     from mmlavit.analysis.peers import expand_groups
     from mmlavit.analysis.report import write_csv
+    from mmlavit.utils.memory import keep_freed_memory
     logging.disable(logging.WARNING)
     args.models = expand_groups(args.models)
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    if args.device == 'cpu':
+        keep_freed_memory()  # as tools/train.py does
     device = (torch.cuda.get_device_name() if args.device == 'cuda' else
               f'{torch.get_num_threads()} CPU threads ({platform.machine()})')
     title = (f'{device}, torch {torch.__version__}, batch {args.batch_size}, '

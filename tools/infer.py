@@ -47,7 +47,12 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     # After parsing: it takes seconds, which --help need not wait for.
+    import torch
+
     from mmlavit.analysis.inference import infer
+    from mmlavit.utils.memory import keep_freed_memory
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     try:
         done, skipped = infer(
             args.config, args.checkpoint, args.images, args.out,

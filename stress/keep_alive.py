@@ -4,12 +4,13 @@
     python stress/keep_alive.py DATA --form bounded --lr 1e-2 --steps 300
 
 DATA has class folders of 32 x 32 images in ``train`` and ``test``, such as CIFAR-10's.
-Prints accuracy and, by layer, the entropy of the maps (1: uniform, 0: one key) and the
-deviation of the scores over keys.
+Prints accuracy and, by layer, the entropy of the maps (1: uniform, 0: one key), their
+asymmetry, the share of rows whose diagonal is the largest, and the deviation of the
+scores over keys.
 """
 import argparse
 from pathlib import Path
-from typing import List, Optional, Tuple
+from typing import Callable, List, Optional, Tuple
 
 import cv2
 import numpy as np
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmlavit import LaViT
-from mmlavit.analysis.measures import entropy, score_deviation
+from mmlavit.analysis.measures import (asymmetry, diagonal_largest, entropy,
+                                       score_deviation)
 from mmlavit.analysis.observe import observe_layers
 from mmlavit.analysis.report import markdown_table
 
@@ -37,12 +39,12 @@ def read(folder: Path) -> Tuple[Tensor, Tensor]:
     return (torch.tensor(np.stack(images)).float() - 120) / 64, torch.tensor(classes)
 
 
-def build(form: Optional[str], twin: bool, seed: int) -> LaViT:
+def build(dp_loss: Optional[dict], twin: bool, seed: int) -> LaViT:
     torch.manual_seed(seed)
     arch = {**ARCH, 'num_va_layers': ARCH['depths']} if twin else ARCH
     model = LaViT(
-        arch=arch, trunk_norm=False, pretrain_img_size=32, sr_ratios=(4, 2, 1, 1),
-        out_indices=(3, ), dp_loss=form and dict(form=form))
+        arch=arch, pretrain_img_size=32, sr_ratios=(4, 2, 1, 1), out_indices=(3, ),
+        dp_loss=dp_loss)
     model.init_weights()
     return model
 
@@ -68,18 +70,27 @@ def train(model: LaViT, head: nn.Module, data: Tuple[Tensor, Tensor], lr: float,
 
 
 @torch.no_grad()
-def test(model: LaViT, head: nn.Module,
-         data: Tuple[Tensor, Tensor]) -> Tuple[float, List[float], List[float]]:
-    """Accuracy in percent; entropy and deviation of scores of each layer."""
+def test(model: LaViT, head: nn.Module, data: Tuple[Tensor, Tensor]) -> dict:
+    """Accuracy in percent, and the measures of each layer: a row of the table."""
     layers = []
     model.eval()
     right = sum((head(model(x)[0].mean((2, 3))).argmax(1) == y).sum().item()
                 for x, y in zip(data[0].split(250), data[1].split(250)))
     with observe_layers(model, layers.append):
         model(data[0][::len(data[0]) // 64][:64])
-    return (100 * right / len(data[1]),
-            [entropy(layer.region_map()).item() for layer in layers],
-            [score_deviation(layer.region_scores()).item() for layer in layers])
+    maps = [layer.region_map() for layer in layers]
+
+    def by_layer(measure: Callable, of: list, digits: str = '.2f') -> str:
+        return ' '.join(f'{measure(x).item():{digits}}' for x in of)
+
+    return {
+        'top-1, %': f'{100 * right / len(data[1]):.1f}',
+        'entropy by layer': by_layer(entropy, maps),
+        'asymmetry': by_layer(asymmetry, maps),
+        'diagonal largest': by_layer(diagonal_largest, maps),
+        'deviation of scores': by_layer(
+            score_deviation, [layer.region_scores() for layer in layers], '.2g'),
+    }
 
 
 def main() -> None:
@@ -89,6 +100,8 @@ def main() -> None:
     parser.add_argument('data', type=Path, help='folder with train and test')
     parser.add_argument('--form', choices=('preserve', 'bounded', 'paper'),
                         help="the DP loss's; default none; e.g. --form preserve")
+    parser.add_argument('--weight', type=float, default=.1,
+                        help="the DP loss's; default %(default)s; e.g. --weight 1")
     parser.add_argument('--twin', action='store_true',
                         help='all layers VA; default off')
     parser.add_argument('--lr', type=float, default=1e-3,
@@ -101,17 +114,12 @@ def main() -> None:
     torch.set_num_threads(1)
     data, held_out = read(args.data / 'train'), read(args.data / 'test')
     rows = []
+    dp_loss = args.form and dict(form=args.form, loss_weight=args.weight)
     for seed in args.seeds:
-        model = build(args.form, args.twin, seed)
+        model = build(dp_loss, args.twin, seed)
         head = nn.Linear(ARCH['embed_dims'][-1], 10)
         train(model, head, data, args.lr, args.steps, seed)
-        accuracy, alive, deviations = test(model, head, held_out)
-        rows.append({
-            'seed': seed,
-            'top-1, %': f'{accuracy:.1f}',
-            'entropy by layer': ' '.join(f'{x:.2f}' for x in alive),
-            'deviation of scores': ' '.join(f'{x:.2g}' for x in deviations),
-        })
+        rows.append({'seed': seed, **test(model, head, held_out)})
     print(markdown_table(rows))
 
 

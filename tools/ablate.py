@@ -13,7 +13,8 @@ skipped, what was cut off resumed. Writes to OUT:
 
     ablation.md, .csv   top-1, AP or mIoU (mean and spread over seeds), parameters, MACs,
                         time of a training step, similarity of attention maps and tokens;
-                        entropy, asymmetry and diagonals of the maps layer by layer
+                        the maps' entropy, asymmetry and diagonals and both similarities
+                        layer by layer
     ablation.png        accuracy and similarity
 
 A small data set says little about ImageNet: the table names its data and budget.
@@ -24,8 +25,8 @@ import sys
 from pathlib import Path
 from typing import List
 
-VARIANTS = ('LaViT', 'no DP loss', 'DP loss, bounded', 'DP loss, margin 1',
-            'DP loss, paper form',
+VARIANTS = ('LaViT', 'no DP loss', 'DP loss, weight 0.01', 'DP loss, weight 1',
+            'DP loss, bounded', 'DP loss, margin 1', 'DP loss, paper form',
             'identity', 're-attention', 'low-rank mixing', 'no residual',
             'LA one stage earlier', 'LA stages only', 'all VA (the twin)',
             'uniform in the place of LA', 'uniform everywhere', 'ResNet')

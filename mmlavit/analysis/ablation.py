@@ -44,6 +44,8 @@ def all_va(depths: List[int], va: List[int]) -> List[int]:
 VARIANTS: Dict[str, dict] = {
     'LaViT': {},
     'no DP loss': dict(dp_loss=None),
+    'DP loss, weight 0.01': dict(dp_loss=dict(loss_weight=0.01)),
+    'DP loss, weight 1': dict(dp_loss=dict(loss_weight=1.)),
     'DP loss, bounded': dict(dp_loss=dict(form='bounded')),
     'DP loss, margin 1': dict(dp_loss=dict(form='bounded', margin=1.)),
     'DP loss, paper form': dict(dp_loss=dict(form='paper', loss_weight=1e-4)),
@@ -289,7 +291,8 @@ def analyse(grid: Grid, variant: str, seed: int, images: int) -> dict:
         maps=of_layers('map_similarity_to_previous', (True, False)),
         va_maps=of_layers('map_similarity_to_previous', (True, )),
         tokens=of_layers('token_similarity', (True, False)),
-        **{key: of_layers(key, (False, )) for key in LAYER_MEASURES},
+        **{key: of_layers(key, (False, ))
+           for key in ('entropy', 'asymmetry', 'diagonal_largest')},
         va_entropy=of_layers('entropy', (True, )),
         layers={key: [x[key] for x in layers] for key in LAYER_MEASURES})
 
@@ -348,7 +351,9 @@ COLUMNS = dict(
 LAYER_MEASURES = dict(
     entropy='Entropy of the attention maps by layer, 1: uniform, 0: a single key.',
     asymmetry='Asymmetry of the attention maps by layer, 0 to 2.',
-    diagonal_largest='Share of rows whose diagonal is the largest, by layer.')
+    diagonal_largest='Share of rows whose diagonal is the largest, by layer.',
+    map_similarity_to_previous='Cosine of the attention map to that of the layer before.',
+    token_similarity='Mean cosine of the tokens to each other, by layer.')
 
 
 def table_rows(summaries: List[dict]) -> List[dict]:

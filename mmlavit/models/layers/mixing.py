@@ -35,9 +35,9 @@ class TokenMix(nn.Module):
     M is ``I + W / sqrt(n)``, with two bounds on W, so that scores keep their size
     through any number of layers, whatever the optimizer does (our choice):
 
-    - The rows of W have a mean of zero. A constant added to all tokens stays that
-      constant; a softmax does not see it.
-    - The rows of M have norm 1.
+    - The rows of W have a mean of zero, so that it adds nothing to scores that are all
+      alike.
+    - The rows of M are scaled to norm 1.
 
     W starts at zero, so that a fresh LA layer repeats its predecessor's attention.
 

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent
 
 
 class BuildWithMim(build_py):
-    """Puts configs, tools and the model index where ``mim`` looks for them.
+    """Puts configs, weights, tools and the model index where ``mim`` looks for them.
 
     That is ``mmlavit/.mim`` inside the installed package: copies in a regular
     installation, links into the checkout in an editable one.
@@ -22,7 +22,7 @@ class BuildWithMim(build_py):
             mim = Path(self.build_lib) / 'mmlavit' / '.mim'
         shutil.rmtree(mim, ignore_errors=True)
         mim.mkdir(parents=True)
-        for name in ('configs', 'tools', 'model-index.yml'):
+        for name in ('configs', 'checkpoints', 'tools', 'model-index.yml'):
             source, target = ROOT / name, mim / name
             if self.editable_mode:
                 target.symlink_to(Path('..', '..', name))

@@ -1,6 +1,4 @@
-"""The demo: a narrow LaViT and a light RetinaNet head on made digits.
-
-    bash tools/demo.sh
+"""A narrow LaViT and a light RetinaNet head on made digits.
 
 Trains from scratch on the CPU in minutes; see tools/make_digits.py for the
 data. Everything that is not named here is as in the COCO config.

@@ -1,7 +1,7 @@
 """Class activation maps of a classifier, segmentor or detector on images.
 
     python tools/cam.py CONFIG CHECKPOINT IMAGES --out work_dirs/cam
-    python tools/cam.py configs/retinanet_lavit_digits.py work_dirs/demo/epoch_6.pth \\
+    python tools/cam.py configs/retinanet_lavit_n_digits.py work_dirs/demo/epoch_6.pth \\
         data/digits/images/val/00000.png --category 3 --map 0
 
 HiResCAM on one of the backbone's maps, for any backbone that returns maps: where in the

@@ -17,7 +17,8 @@ from .complexity import count_macs
 from .logs import read_scalars
 from .measures import Similarity
 from .report import number
-from .training import last_checkpoint, metric_of, progress, set_schedule
+from .training import (from_scratch, last_checkpoint, metric_of, progress,
+                       set_schedule)
 from .training import train as train_config
 
 
@@ -160,6 +161,7 @@ def make_config(grid: Grid, variant: str, seed: int) -> Config:
     arch = arch_of(config.model.backbone)
     if grid.data is not None:
         set_data(config, grid)
+    from_scratch(config)
     set_backbone(config.model, variant, arch)
     for loader in (config.train_dataloader, config.val_dataloader):
         loader.update(num_workers=grid.workers, persistent_workers=grid.workers > 0)
@@ -175,12 +177,11 @@ def make_config(grid: Grid, variant: str, seed: int) -> Config:
 
 
 def set_backbone(model: dict, variant: str, arch: dict) -> None:
-    """A variant's, from scratch; with the DP loss where the config has none."""
+    """A variant's; with the DP loss where the config has none."""
     if variant == 'ResNet':
         set_resnet(model)
         return
     backbone = model.backbone
-    backbone.init_cfg = None
     if backbone.get('dp_loss') is None:
         backbone.dp_loss = dict()
     for key, value in VARIANTS[variant].items():

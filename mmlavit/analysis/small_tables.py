@@ -10,7 +10,7 @@ from .building import build_model
 from .complexity import count_macs
 from .peers import lavit, twin
 from .report import number
-from .training import metric_of, progress, set_schedule, train
+from .training import from_scratch, metric_of, progress, set_schedule, train
 
 
 class Network(NamedTuple):
@@ -61,6 +61,7 @@ def make_config(configs: Path, task: str, network: str, seed: int) -> Config:
     """The task's config with another backbone, from scratch, validated at the end."""
     config = Config.fromfile(configs / TASKS[task].config)
     backbone, channels = NETWORKS[network]
+    from_scratch(config)
     model = config.model
     model.backbone = dict(backbone)
     if backbone['type'] in ('LaViT', 'LessAttentionPVT'):

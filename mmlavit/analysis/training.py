@@ -56,6 +56,18 @@ def set_schedule(config: Config, epochs: int) -> None:
         type='CheckpointHook', interval=1, max_keep_ckpts=1)
 
 
+def from_scratch(config: Config) -> None:
+    """Takes the fine-tuning out of a config of any toolbox; it is changed.
+
+    No pre-training, nothing frozen, and one learning rate for all layers.
+    """
+    backbone = config.model.backbone
+    backbone.init_cfg = None
+    if 'frozen_stages' in backbone:
+        backbone.frozen_stages = -1
+    config.optim_wrapper.get('paramwise_cfg', {}).pop('layer_decay_rate', None)
+
+
 def train(config: Config, work_dir: Path) -> float:
     """Trains a config of `set_schedule`; what is there of the same one is resumed.
 

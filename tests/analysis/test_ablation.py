@@ -196,3 +196,16 @@ def test_a_detector_keeps_its_data_and_takes_the_budget(tmp_path):
     assert config.optim_wrapper == kept.optim_wrapper
     assert config.train_cfg.max_epochs == config.train_cfg.val_interval == 3
     assert training.metric_of(config).title == 'AP'
+
+
+def test_a_variant_is_trained_from_scratch(tmp_path):
+    path = tmp_path / 'fine_tuned.py'
+    path.write_text(f"_base_ = {str(ROOT / 'configs/retinanet_lavit_n_digits.py')!r}\n"
+                    'model = dict(backbone=dict(frozen_stages=1))\n')
+    asked = Config.fromfile(path)
+    assert asked.model.backbone.init_cfg.type == 'Pretrained'
+    assert asked.optim_wrapper.paramwise_cfg.layer_decay_rate < 1
+    config = ablation.make_config(Grid(path, tmp_path, epochs=1, workers=0), 'LaViT', 0)
+    assert config.model.backbone.init_cfg is None
+    assert config.model.backbone.frozen_stages == -1
+    assert 'layer_decay_rate' not in config.optim_wrapper.paramwise_cfg

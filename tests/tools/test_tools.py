@@ -302,7 +302,8 @@ def test_wheel_ships_configs_and_tools_for_mim(tmp_path):
     wheel = next(tmp_path.glob('mmlavit-*.whl'))
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f'mmlavit/.mim/{path.relative_to(ROOT)}'
-            for path in (ROOT / 'configs').rglob('*.py')} <= names
+            for path in [*(ROOT / 'configs').rglob('*.py'),
+                         *(ROOT / 'checkpoints').glob('*.pth')]} <= names
     assert {'mmlavit/.mim/tools/train.py', 'mmlavit/.mim/model-index.yml',
             'mmlavit/models/backbones/lavit.py'} <= names
     assert not [name for name in names if name.startswith(('tests', 'tools'))]

@@ -1,6 +1,7 @@
 """A training's checkpoint as a file to be published."""
 import hashlib
 import io
+import re
 from pathlib import Path
 from typing import Dict, Optional
 
@@ -15,7 +16,9 @@ from ..engine.checkpoint_hook import as_plain_data
 from ..engine.safe_loading import load_from_local
 from ..version import __version__
 
-KEPT = ('cfg', 'dataset_meta', 'epoch', 'iter', 'experiment_name')
+KEPT = ('dataset_meta', 'epoch', 'iter', 'experiment_name')
+# Of the config: where and how this training was started, on whose machine.
+LOCAL = re.compile(r'^(work_dir|load_from|resume|launcher) = .*\n', re.M)
 # Of the largest value of a map, by which half precision may change it.
 MAX_CHANGE = 1e-2
 
@@ -53,6 +56,8 @@ def publish(source: Path, target: Path, figures: Optional[dict] = None,
     if half:
         weights = halve(weights, meta.get('cfg', ''), source)
     kept = {key: as_plain_data(meta[key]) for key in KEPT if key in meta}
+    if 'cfg' in meta:
+        kept['cfg'] = LOCAL.sub('', meta['cfg'])
     file = io.BytesIO()
     torch.save(
         dict(

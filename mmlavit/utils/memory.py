@@ -11,7 +11,7 @@ def keep_freed_memory() -> bool:
     """Lets the process keep the memory of freed tensors for the next ones.
 
     glibc gives large pieces back to the system as soon as they are freed, and gets them
-    again page by page: a sixth of a training step on large images
+    again page by page: up to a sixth of a training step on large images
     (docs/performance.md). It concerns all memory of the process, which the system gets
     back at its end. Does nothing with another C library, or where the user has set
     one of glibc's ``MALLOC_*_`` variables.

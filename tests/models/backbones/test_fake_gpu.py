@@ -20,7 +20,8 @@ from mmlavit.models.layers.attend import MAX_BUILT_SCORES
 from mmlavit.models.layers.mixing import TokenMix
 
 pytestmark = pytest.mark.skipif(
-    not hasattr(torch, 'get_autocast_dtype'), reason='not in torch 2.1')
+    not hasattr(torch, 'get_autocast_dtype'),
+    reason='needs torch.get_autocast_dtype, which torch 2.1 has not')
 ARCH = dict(  # a layer of each kind
     embed_dims=(8, 16, 24, 32), depths=(1, 1, 2, 1), num_heads=(1, 2, 3, 4),
     num_va_layers=(1, 1, 1, 0))

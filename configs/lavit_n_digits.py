@@ -1,4 +1,4 @@
-"""LaViT-N on single made digits of 64 px; see tools/make_digits.py for the data.
+"""LaViT-N on single scanned digits, at 64 px; see tools/make_digits.py for the data.
 
 Trains from scratch on the CPU in a minute or two.
 """

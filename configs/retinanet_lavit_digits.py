@@ -1,4 +1,4 @@
-"""A narrow LaViT and a light RetinaNet head on made digits.
+"""A narrow LaViT and a light RetinaNet head on scanned digits.
 
 Trains from scratch on the CPU in minutes; see tools/make_digits.py for the
 data. Everything that is not named here is as in the COCO config.

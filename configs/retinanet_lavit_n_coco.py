@@ -1,4 +1,5 @@
-"""RetinaNet with LaViT-N and a light head on COCO, 416 px, 12 epochs, batch 16.
+"""RetinaNet with LaViT-N and a light head on COCO, 416 px, 12 epochs,
+batch 16 = 8 GPUs x 2.
 
 A base for data of your own, see docs/own_data.md. The head is the demo's, with the
 anchors and levels of RetinaNet.
@@ -41,7 +42,7 @@ test_pipeline = [
         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape',
                    'scale_factor'))
 ]
-train_dataloader = dict(batch_size=16, dataset=dict(pipeline=train_pipeline))
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 optim_wrapper = dict(

@@ -1,4 +1,4 @@
-"""The demo: RetinaNet with LaViT-N and a light head on made digits.
+"""The demo: RetinaNet with LaViT-N and a light head on scanned digits.
 
     bash tools/demo.sh
 

@@ -1,4 +1,5 @@
-"""Semantic FPN with LaViT-N and a light neck on ADE20K, 80k, 512 crop, batch 16.
+"""Semantic FPN with LaViT-N and a light neck on ADE20K, 80k, 512 crop,
+batch 16 = 8 GPUs x 2.
 
 A base for data of your own, see docs/own_data.md.
 """
@@ -13,5 +14,4 @@ model = dict(
             checkpoint='{{ fileDirname }}/../checkpoints/lavit_n_tin100-e3a49569.pth')),
     neck=dict(in_channels=[32, 64, 128, 192], out_channels=64),
     decode_head=dict(in_channels=[64, 64, 64, 64], channels=64))
-train_dataloader = dict(batch_size=16)
 optim_wrapper = dict(optimizer=dict(lr=1e-3, weight_decay=0.05))

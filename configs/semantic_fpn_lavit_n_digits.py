@@ -1,6 +1,8 @@
-"""Semantic FPN with LaViT-N on made digits; see tools/make_digits.py for the data.
+"""Semantic FPN with LaViT-N on scanned digits; see tools/make_digits.py for the data.
 
-Trains from scratch on the CPU in minutes. The classes are the background and the digits.
+Begins from LaViT-N's weights and trains on the CPU in minutes. The classes are the
+background and the digits. From scratch: ``--cfg-options model.backbone.init_cfg=None
+optim_wrapper.paramwise_cfg.layer_decay_rate=1.``.
 """
 _base_ = [
     '_base_/models/semantic_fpn_lavit_t.py', 'mmseg::_base_/default_runtime.py',
@@ -12,8 +14,13 @@ num_epochs = 6
 
 model = dict(
     data_preprocessor=dict(size=image_size),
-    backbone=dict(arch='nano', pretrain_img_size=128, drop_path_rate=0.,
-                  dp_loss=None, init_cfg=None),
+    backbone=dict(
+        arch='nano',
+        pretrain_img_size=128,
+        drop_path_rate=0.,
+        dp_loss=None,
+        init_cfg=dict(
+            checkpoint='{{ fileDirname }}/../checkpoints/lavit_n_tin100-e3a49569.pth')),
     neck=dict(in_channels=[32, 64, 128, 192], out_channels=64),
     decode_head=dict(
         in_channels=[64, 64, 64, 64],
@@ -85,7 +92,8 @@ optim_wrapper = dict(
         betas=(0.9, 0.99),
         weight_decay=0.05,
         foreach=True),
-    paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0.),
+    paramwise_cfg=dict(
+        norm_decay_mult=0., bias_decay_mult=0., layer_decay_rate=0.9),
     clip_grad=dict(max_norm=10, norm_type=2))
 auto_scale_lr = dict(enable=False, base_batch_size=4)
 randomness = dict(seed=0)

@@ -2,7 +2,7 @@
 
     python tools/cam.py CONFIG CHECKPOINT IMAGES --out work_dirs/cam
     python tools/cam.py configs/retinanet_lavit_n_digits.py work_dirs/demo/epoch_6.pth \\
-        data/digits/images/val/00000.png --category 3 --map 0
+        data/digits/images/val/00000.png --category 3 --map 1
 
 HiResCAM on one of the backbone's maps, for any backbone that returns maps: where in the
 image the score of a class comes from. Detectors must be of a single stage; their score is
@@ -31,7 +31,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--map', type=int, default=-1, metavar='N',
         help="which of the backbone's maps (out_indices); finer ones show small "
-        'objects; default: %(default)s, the last; e.g. --map 0')
+        'objects; default: %(default)s, the last; e.g. --map 1')
     parser.add_argument(
         '--size', type=int, nargs=2, metavar=('H', 'W'),
         help="height and width in pixels that images are resized to; default: each "

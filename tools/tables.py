@@ -12,7 +12,7 @@ directories. Writes Markdown and CSV to work_dirs/tables.
 ``--run`` trains the rows whose training is not complete, one after the other,
 through tools/dist_train.sh; what was cut off is resumed, what is done skipped.
 
-``small`` is the three tables on made digits with LaViT-N and its peers, all trained from
+``small`` is the three tables on scanned digits with LaViT-N and its peers, all trained from
 scratch here and now: hours on a laptop. What is done is skipped, what was cut off is
 resumed.
 """

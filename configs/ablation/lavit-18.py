@@ -1,6 +1,6 @@
 """18 layers, 14 VA and 4 LA, for the cued digits: 64 keys at 64 px.
 
-The depth and the division of the paper's figures of attention collapse.
+As deep as the network in the paper's figures of attention collapse.
 """
 _base_ = './lavit-cued.py'
 

@@ -58,10 +58,12 @@ def hires_cam(model: nn.Module, images: Tensor,
         raise ValueError(f'categories={categories.tolist()}: expected at least 0 and '
                          f'below {scores.shape[1]}')
     chosen = scores.gather(1, categories[:, None])[:, 0]
-    gradient, = torch.autograd.grad(chosen.sum(), maps[index], allow_unused=True)
-    if gradient is None:
-        raise ValueError(f'index={index}: expected a map that the model reads')
-    cams = (gradient * maps[index]).sum(1).relu()
+    gradients = torch.autograd.grad(chosen.sum(), maps, allow_unused=True)
+    if gradients[index] is None:
+        read = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        raise ValueError(f'index={index}: expected that of a map that the model reads, '
+                         f'one of {read}')
+    cams = (gradients[index] * maps[index]).sum(1).relu()
     return cams.detach(), categories, chosen.detach()
 
 

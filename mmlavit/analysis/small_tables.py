@@ -1,4 +1,4 @@
-"""The paper's three tables on made digits, with small networks, trained on a CPU."""
+"""The paper's three tables on scanned digits, with small networks, trained on a CPU."""
 import statistics
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Sequence

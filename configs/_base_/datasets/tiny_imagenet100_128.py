@@ -1,7 +1,7 @@
 """100 classes of Tiny-ImageNet, trained at 64, then 96, then 128 px; tested at 128.
 
-The images have 64 px. A small network learns most of what it can learn at that size, in
-a quarter of the time. At 128 px its last stage has 4 x 4 positions instead of 2 x 2.
+The images have 64 px, and an epoch at that size costs about a quarter of one at 128. At
+128 px the network's last stage has 4 x 4 positions instead of 2 x 2.
 """
 _base_ = 'tiny_imagenet100.py'
 

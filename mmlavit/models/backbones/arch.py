@@ -22,7 +22,7 @@ PVTV2 = dict(
     num_heads=(1, 2, 5, 8),
     attn_residual=False)
 ARCHS = dict(
-    # Our choice, by the rules of the others: for phones and CPUs.
+    # Our choice, by the rules of the others: for CPUs.
     nano=dict(
         embed_dims=(32, 64, 128, 192),
         num_heads=(1, 2, 4, 6),

@@ -32,8 +32,9 @@ class TokenMix(nn.Module):
     in Psi it would cancel in the softmax. Tokens outside of the grid, such as a class
     token, are left as they are (our choice): they have their own rows and columns.
 
-    M is ``I + W / sqrt(n)``, with two bounds on W, so that scores keep their size
-    through any number of layers, whatever the optimizer does (our choice):
+    M is ``I + W / sqrt(n)``, with two bounds on W, which keep the variance of
+    scores that are uncorrelated between tokens, whatever the optimizer does (our
+    choice):
 
     - The rows of W have a mean of zero, so that it adds nothing to scores that are all
       alike.

@@ -229,7 +229,7 @@ def main() -> None:
             model = load_model(config, checkpoint, device)
             results[label] = measure_similarity(model, files, size, args.batch_size)
             maps[label] = observe_image(model, files[0], args.points, size)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, TypeError, ValueError) as error:
         sys.exit(str(error))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / 'similarity.json').write_text(json.dumps(results, indent=1) + '\n')

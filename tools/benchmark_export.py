@@ -70,6 +70,7 @@ def main() -> None:
     # After parsing: it takes seconds, which --help need not wait for.
     import torch
 
+    from mmlavit.analysis.peers import expand_groups
     from mmlavit.analysis.report import (markdown_table, without_empty_columns,
                                          write_csv)
     from mmlavit.export.speed import compare
@@ -78,7 +79,7 @@ def main() -> None:
     print(f'{torch.get_num_threads()} CPU threads ({platform.machine()}), torch '
           f'{torch.__version__}, batch {args.batch_size}, {height} x {width}')
     try:
-        rows = compare(args.models, (args.batch_size, height, width), args.out,
+        rows = compare(expand_groups(args.models), (args.batch_size, height, width), args.out,
                        args.runtimes, args.dtypes, args.rounds, args.warmup)
     except (FileNotFoundError, RuntimeError, ValueError) as error:
         sys.exit(str(error))

@@ -250,6 +250,9 @@ def average_precision(predictions: Dict[str, dict], annotations: Path) -> None:
     from pycocotools.cocoeval import COCOeval
     truth = COCO(str(annotations))
     ids = {Path(image['file_name']).name: key for key, image in truth.imgs.items()}
+    if len(ids) < len(truth.imgs):
+        sys.exit(f'--annotations {annotations}: images in different folders have the '
+                 'same name: expected names that differ')
     categories = {x['name']: key for key, x in truth.cats.items()}
     unknown = [file for file in predictions if Path(file).name not in ids]
     if unknown:

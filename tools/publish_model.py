@@ -46,7 +46,10 @@ def main() -> None:
     # After parsing: it takes seconds, which --help need not wait for.
     from mmlavit.checkpoints.publish import publish
     from mmlavit.engine.safe_loading import load_from_local
-    figures = json.loads(args.results.read_text()) if args.results else None
+    try:
+        figures = json.loads(args.results.read_text()) if args.results else None
+    except ValueError as error:
+        sys.exit(f'--results {args.results}: expected JSON of tools/test.py: {error}')
     try:
         final = publish(args.checkpoint, args.target, figures, args.half)
     except ValueError as error:

@@ -84,8 +84,14 @@ def parse_args() -> argparse.Namespace:
         '--train-args --amp')
     args = parser.parse_args()
     for item in args.result + args.result_ms:
-        if '=' not in item:
+        config, _, file = item.partition('=')
+        if not file:
             parser.error(f'{item}: expected CONFIG=FILE')
+        if not Path(file).is_file():
+            parser.error(f'{item}: {file}: no such file')
+        if not (args.published.parent / f'{config}.py').is_file():
+            parser.error(f'{item}: expected the name of a config beside '
+                         f'{args.published}, such as retinanet_lavit_s_coco')
     if args.table == 'small':
         if args.run or args.result or args.result_ms or args.train_args:
             parser.error('small: expected no --run, --result, --result-ms and '

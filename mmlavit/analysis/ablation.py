@@ -13,7 +13,7 @@ from torch import nn
 
 from ..models.backbones.arch import resolve_arch
 from .building import build_model
-from .complexity import count_macs
+from .complexity import count_macs, count_parameters
 from .logs import read_scalars
 from .measures import Similarity
 from .report import number
@@ -191,7 +191,7 @@ def set_backbone(model: dict, variant: str, arch: dict) -> None:
 
 def set_resnet(model: dict) -> None:
     """A ResNet-18 of as many parameters as the backbone."""
-    params = sum(p.numel() for p in MODELS.build(model.backbone).parameters())
+    params = count_parameters(MODELS.build(model.backbone))
     channels = round(64 * (params / RESNET_PARAMS)**.5)
     model.backbone = dict(VARIANTS['ResNet'], base_channels=channels,
                           stem_channels=channels)
@@ -286,7 +286,7 @@ def analyse(grid: Grid, variant: str, seed: int, images: int) -> dict:
         return mean([x[key] for x, va in zip(layers, is_va) if va in kinds])
 
     return dict(
-        params=sum(p.numel() for p in model.parameters()) / 1e6,
+        params=count_parameters(model) / 1e6,
         macs=count_macs(model, size) / 1e9,
         step=1000 * statistics.median(steps),
         maps=of_layers('map_similarity_to_previous', (True, False)),

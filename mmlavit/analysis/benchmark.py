@@ -10,9 +10,10 @@ from typing import (Callable, ContextManager, Dict, List, Mapping, NamedTuple,
 import torch
 from torch import Tensor, nn
 
-from .complexity import count_macs
+from .complexity import count_macs, count_parameters
 from .report import number
-from .timing import Spread, Step, operator_table, peak_memory, time_in_turn
+from .timing import (Spread, Step, operator_table, peak_memory, speed_ratio,
+                     time_in_turn)
 
 LAYOUTS = {'contiguous': torch.contiguous_format,
            'channels-last': torch.channels_last}
@@ -73,7 +74,8 @@ def compare_modes(names: Sequence[str], build: Callable[[str], nn.Module],
                   operators: bool = False) -> Dict[str, Dict[str, dict]]:
     """Times of every model in every mode, in turn; memory of each by itself.
 
-    A model that fails at its first step is left out, and stderr says so.
+    A model that cannot be built, or fails at its first step, is left out, and stderr
+    says so.
 
     Args:
         names (Sequence[str]): The models. Ratios are of their speeds over that of
@@ -99,7 +101,11 @@ def compare_modes(names: Sequence[str], build: Callable[[str], nn.Module],
     steps: Dict[Tuple[str, str], Step] = {}
     layouts, sizes, any_work = {}, {}, next(iter(modes.values()))
     for name in names:
-        model = build(name).to(any_work.device)
+        try:
+            model = build(name).to(any_work.device)
+        except (ImportError, RuntimeError) as error:  # a toolbox that is not there
+            leave_out(name, str(error))
+            continue
         model.train(any_work.train)  # of mmpretrain's it returns nothing
         forms = in_layouts(model, {work.layout for work in modes.values()})
         for mode, work in modes.items():
@@ -134,16 +140,11 @@ def compare_modes(names: Sequence[str], build: Callable[[str], nn.Module],
     return results
 
 
-def speed_ratio(one: Sequence[float], other: Sequence[float]) -> Spread:
-    """How much faster the other is, of the rounds' times."""
-    return Spread.of([a / b for a, b in zip(one, other)])
-
-
 def count(model: nn.Module, work: Workload, macs: bool) -> dict:
     """Parameters and multiply-adds, which no mode changes."""
     counted = macs and not work.whole and not work.layer
-    parameters = model.get_submodule(work.layer).parameters()
-    return dict(params_m=sum(p.numel() for p in parameters) / 1e6,
+    parameters = count_parameters(model.get_submodule(work.layer))
+    return dict(params_m=parameters / 1e6,
                 gmacs=count_macs(model, work.size) / 1e9 if counted else None)
 
 

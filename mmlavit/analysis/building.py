@@ -9,8 +9,10 @@ import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, init_default_scope
-from mmengine.runner import load_checkpoint
+from mmengine.runner import CheckpointLoader, load_checkpoint
 from torch import nn
+
+from ..utils.weights import load_weights as load_fitting
 
 
 def build_model(config: Config) -> nn.Module:
@@ -48,16 +50,12 @@ def load_model(config: str, checkpoint: str, device: str) -> nn.Module:
     model = build_model(Config.fromfile(config))
     model.init_weights()
     if checkpoint != 'none':
-        # Quiet: of a whole model, only the backbone is looked at.
-        quiet = logging.getLogger('quiet')
-        quiet.setLevel(logging.CRITICAL)
-        try:
-            loaded = load_checkpoint(model, checkpoint, map_location='cpu',
-                                     logger=quiet)
+        loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
+        try:  # of a whole model, only the backbone is looked at
+            found = load_fitting(model, loaded.get('state_dict', loaded))
         except ValueError as error:
             raise ValueError(f'{checkpoint}: {error}') from None
-        if not model.backbone.state_dict(prefix='backbone.').keys() & (
-                loaded.get('state_dict', loaded).keys()):
+        if not any(name.startswith('backbone.') for name in found.fitting):
             raise ValueError(f'{checkpoint}: none of its weights are of the '
                              f'backbone of {config}')
     return model.eval().to(device)
@@ -65,10 +63,10 @@ def load_model(config: str, checkpoint: str, device: str) -> nn.Module:
 
 def class_names(config: Config, checkpoint: dict) -> Optional[List[str]]:
     """From the checkpoint, else from the config, else from its data set's class."""
-    dataset = config.get('test_dataloader', {}).get('dataset', {})
+    dataset = (config.get('test_dataloader') or {}).get('dataset') or {}
     stock = DATASETS.get(dataset.type) if 'type' in dataset else None
     for meta in (checkpoint.get('meta', {}).get('dataset_meta') or {},
-                 dataset.get('metainfo', {}), getattr(stock, 'METAINFO', {})):
+                 dataset.get('metainfo') or {}, getattr(stock, 'METAINFO', {})):
         names = meta.get('classes', meta.get('CLASSES'))
         if names:
             return list(names)

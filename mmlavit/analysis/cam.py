@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from mmengine.visualization import Visualizer
 from torch import Tensor, nn
 
-from .images import read_image
+from .images import preprocess, read_image
 
 
 def hires_cam(model: nn.Module, images: Tensor,
@@ -40,6 +40,9 @@ def hires_cam(model: nn.Module, images: Tensor,
         ValueError: If there is no such map or class, if the model does not read the
             map, or if it is a model of another kind.
     """
+    if not hasattr(model, 'backbone'):
+        raise ValueError(f'class activation maps: {type(model).__name__}: expected a '
+                         'model with a backbone')
     maps = []
     handle = model.backbone.register_forward_hook(
         lambda _, args, outs: maps.extend(outs))
@@ -125,8 +128,7 @@ def draw_cam(model: nn.Module, file: Path, category: Optional[int] = None,
         ValueError: As of `hires_cam`; or if the file cannot be read.
     """
     image = read_image(file, size)
-    pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous()
-    inputs = model.data_preprocessor(dict(inputs=[pixels]), training=False)['inputs']
+    inputs = preprocess(model, [image])
     cams, found, scores = hires_cam(
         model, inputs, None if category is None else [category], index)
     height, width = image.shape[:2]

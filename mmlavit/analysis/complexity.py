@@ -1,10 +1,15 @@
-"""Multiply-adds of a model, by mmengine's counter."""
+"""Parameters of a model, and multiply-adds by mmengine's counter."""
 import warnings
 from typing import Tuple
 
 import torch
 from mmengine.analysis import get_model_complexity_info
 from torch import nn
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Shared ones once."""
+    return sum(p.numel() for p in model.parameters())
 
 
 def count_macs(model: nn.Module, size: Tuple[int, int]) -> float:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ..plugins.add import REGISTERED, module_of_itself
 from ..plugins.choose import choose, layer_similarities
 from ..utils.checks import require
+from .complexity import count_parameters
 from .report import number
-from .timing import Spread, time_in_turn
+from .timing import Spread, speed_ratio, time_in_turn
 
 
 class Conversion(NamedTuple):
@@ -163,7 +164,7 @@ def some_images(runner: Runner) -> Tensor:
 
 
 def row(title: str, runner: Runner, metrics: Dict[str, float]) -> dict:
-    params = sum(p.numel() for p in runner.model.parameters())
+    params = count_parameters(runner.model)
     return {'model': title, **{name: number(value, 2) for name, value in metrics.items()},
             'parameters, M': number(params / 1e6, 2)}
 
@@ -186,7 +187,7 @@ def add_times(rows: List[dict], stock_rows: int, stock: Runner, converted: Runne
     times = time_in_turn(
         dict(stock=step(stock.model.backbone), less=step(converted.model.backbone)),
         rounds, 3, images.device.type)
-    ratio = Spread.of([a / b for a, b in zip(times['stock'], times['less'])])
+    ratio = speed_ratio(times['stock'], times['less'])
     for i, each in enumerate(rows):
         seconds = Spread.of(times['less' if i >= stock_rows else 'stock']).median
         each['backbone, ms'] = number(1e3 * seconds, 1)

@@ -2,12 +2,13 @@
 import contextlib
 import io
 import os
+import re
 import statistics
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 from xml.etree import ElementTree
 
 import torch
@@ -308,10 +309,11 @@ def measure_peak(plan: Plan) -> float:
     return 2 * side**3 / Spread.of(times).median / 1e12
 
 
-def peak_by_data_sheet(device: str) -> float:
+def peak_by_data_sheet(device: str) -> Optional[float]:
     """TFLOP/s in bfloat16; None for a card that is not listed."""
     name = torch.cuda.get_device_name() if device == 'cuda' else ''
-    return next((peak for part, peak in DATA_SHEETS.items() if part in name), None)
+    return next((peak for part, peak in DATA_SHEETS.items()
+                 if re.search(rf'\b{part}\b', name)), None)
 
 
 # Pieces of scores ---------------------------------------------------------------

@@ -5,6 +5,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 import mmcv
 import numpy as np
 import torch
+from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -63,9 +64,24 @@ def picture_name(file: Path) -> Path:
 def make_inputs(model: nn.Module, files: Sequence[Path],
                 size: Tuple[int, int]) -> Tensor:
     """Files as the model's own preprocessor leaves them: (B, 3, H, W)."""
-    images = [torch.from_numpy(read_image(file, size)).permute(2, 0, 1).contiguous()
-              for file in files]
-    return model.data_preprocessor(dict(inputs=images), training=False)['inputs']
+    return preprocess(model, [read_image(file, size) for file in files])
+
+
+def preprocess(model: nn.Module, images: Sequence[np.ndarray]) -> Tensor:
+    """BGR bytes (H, W, 3) as the model's own preprocessor leaves them in a test.
+
+    Args:
+        model (nn.Module): Of any of the three toolboxes.
+        images (Sequence[np.ndarray]): Of one size.
+
+    Returns:
+        Tensor: (B, 3, H, W), padded at the bottom and right where the model asks for
+        it.
+    """
+    inputs = [torch.from_numpy(image).permute(2, 0, 1).contiguous() for image in images]
+    samples = [BaseDataElement() for _ in images]  # mmsegmentation's pads their masks
+    return model.data_preprocessor(
+        dict(inputs=inputs, data_samples=samples), training=False)['inputs']
 
 
 @torch.no_grad()

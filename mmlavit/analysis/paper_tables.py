@@ -6,7 +6,7 @@ from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 from mmengine.config import Config
 
 from .building import build_model
-from .complexity import count_macs
+from .complexity import count_macs, count_parameters
 from .report import number
 from .runs import Run, read_run
 
@@ -90,7 +90,7 @@ def count(row: Row, table: Table) -> Row:
         return row
     model = build_model(Config.fromfile(row.config))
     return row._replace(
-        params=sum(p.numel() for p in model.parameters()) / 1e6,
+        params=count_parameters(model) / 1e6,
         macs=tuple(count_macs(model, size) / 1e9 for size in table.sizes))
 
 

@@ -200,8 +200,9 @@ def backbone_config(name: str) -> dict:
         importlib.import_module(
             f'mmlavit.models.backbones.{MODULES[config["type"]]}')
     if REGISTRY.get(config['type']) is None:
-        raise ValueError(f'{name}: expected the path of a config, a registered '
-                         f'name or one of {", ".join(PEERS)}')
+        raise ValueError(
+            f'{name}: expected the path of a config, a registered name such as LaViT or '
+            f"LaViT(arch='tiny'), or one of {', '.join(PEERS)}")
     return config
 
 
@@ -209,7 +210,8 @@ def parse_name(name: str) -> dict:
     """``mmdet.ResNet(depth=101)`` as the config that it stands for."""
     try:
         call = ast.parse(name, mode='eval').body
-        if not isinstance(call, ast.Call):
+        if not isinstance(call, ast.Call) or call.args or any(
+                each.arg is None for each in call.keywords):
             return dict(type=name)
         return dict(type=ast.unparse(call.func), **{
             each.arg: ast.literal_eval(each.value) for each in call.keywords})

@@ -7,7 +7,7 @@ from mmengine.config import Config
 from mmengine.utils import import_modules_from_strings
 
 from .building import build_model
-from .complexity import count_macs
+from .complexity import count_macs, count_parameters
 from .peers import lavit, twin
 from .report import number
 from .training import from_scratch, metric_of, progress, set_schedule, train
@@ -115,7 +115,7 @@ def make_row(configs: Path, out: Path, network: str, tasks: Sequence[str],
         row[f'{TASKS[task].title}: {metric_of(config).title}, %'] = (
             f'{statistics.fmean(scores):.1f}{spread}')
         row[f'{TASKS[task].title}: params, M'] = number(
-            sum(p.numel() for p in model.parameters()) / 1e6, 2)
+            count_parameters(model) / 1e6, 2)
         row[f'{TASKS[task].title}: MACs, G'] = number(
             count_macs(model, (size, size)) / 1e9, 2)
     return row

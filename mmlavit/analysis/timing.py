@@ -35,6 +35,11 @@ class Spread(NamedTuple):
         return cls(low, statistics.median(values), high)
 
 
+def speed_ratio(one: Sequence[float], other: Sequence[float]) -> Spread:
+    """How many times as fast the other is, of the rounds' times."""
+    return Spread.of([a / b for a, b in zip(one, other)])
+
+
 def time_in_turn(steps: Dict[str, Step], rounds: int, warmup: int, device: str,
                  title: str = '', quiet: bool = False) -> Dict[str, List[float]]:
     """Seconds of every step in every round.
@@ -100,7 +105,6 @@ def operator_table(step: Step) -> str:
 
 class Kernels(NamedTuple):
     """What the device did in a step."""
-    ms: float  # from the first launch to the end of the last kernel
     busy_ms: float  # in kernels
     calls: int
     rows: List[dict]  # ``kernel``, ``calls``, ``ms``, ``share``, the longest first
@@ -119,10 +123,8 @@ def profile_kernels(step: Step, device: str) -> Kernels:
     step()
     synchronise(device)
     with one_cycle(), profile(activities=activities) as run:
-        begin = time.perf_counter()
         step()
         synchronise(device)
-        ms = 1e3 * (time.perf_counter() - begin)
     events = [event for event in run.key_averages()
               if event.device_type == kind
               and not getattr(event, 'is_user_annotation', False)]
@@ -131,7 +133,7 @@ def profile_kernels(step: Step, device: str) -> Kernels:
                  ms=getattr(event, attribute) / 1e3,
                  share=getattr(event, attribute) / 1e3 / max(busy, 1e-9))
             for event in sorted(events, key=lambda e: -getattr(e, attribute))]
-    return Kernels(ms, busy, sum(event.count for event in events), rows)
+    return Kernels(busy, sum(event.count for event in events), rows)
 
 
 @contextlib.contextmanager

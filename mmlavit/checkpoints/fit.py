@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..analysis.images import find_images, read_image
 from ..analysis.observe import Layer, observe_layers
 from ..models.backbones.lavit import LaViT
 from ..models.layers.grid import Grids
@@ -21,7 +22,6 @@ from ..models.layers.scores import LayerScores
 
 # ImageNet's, RGB, as PVTv2 was trained with.
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp')
 
 
 class FittedLayer(NamedTuple):
@@ -162,7 +162,7 @@ def read_images(folder: Path, size: int = 224, most: int = 256,
     Args:
         folder (Path): Where they are.
         size (int): Height and width in pixels. Defaults to 224.
-        most (int): From a larger folder as many, spread evenly over the sorted
+        most (int): From a larger folder so many, spread evenly over the sorted
             paths. Defaults to 256.
         batch_size (int): Defaults to 8.
 
@@ -170,23 +170,19 @@ def read_images(folder: Path, size: int = 224, most: int = 256,
         list[Tensor]: Batches (B, 3, size, size), RGB.
 
     Raises:
+        FileNotFoundError: If there are no images.
         ValueError: If there are fewer than two batches, or one cannot be read.
     """
-    paths = sorted(path for path in Path(folder).rglob('*')
-                   if path.suffix.lower() in SUFFIXES)
+    paths = find_images(folder, most)
     if len(paths) <= batch_size:
-        raise ValueError(f'{folder}: {len(paths)} images ({", ".join(SUFFIXES)}): '
-                         f'expected more than {batch_size}, some hundred at best')
-    chosen = np.linspace(0, len(paths) - 1, min(most, len(paths))).round().astype(int)
-    images = torch.stack([read_image(paths[i], size) for i in chosen])
+        raise ValueError(f'{folder}: {len(paths)} images: expected more than '
+                         f'{batch_size}, some hundred at best')
+    images = torch.stack([crop_middle(read_image(path, None), size) for path in paths])
     return list(images.split(batch_size))
 
 
-def read_image(path: Path, size: int) -> Tensor:
-    """(3, size, size); see `read_images`."""
-    image = mmcv.imread(str(path))
-    if image is None:
-        raise ValueError(f'{path}: no image that can be read')
+def crop_middle(image: np.ndarray, size: int) -> Tensor:
+    """BGR bytes (H, W, 3) -> (3, size, size); see `read_images`."""
     short = round(size / 0.875)
     height, width = image.shape[:2]
     scale = short / min(height, width)

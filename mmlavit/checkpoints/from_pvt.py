@@ -1,9 +1,11 @@
 """Official PVTv2 weights as the start of a LaViT: see tools/convert_pvt.py."""
+import io
 import re
 from pathlib import Path
 from typing import Dict, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
+from mmengine import fileio
 from torch import Tensor
 
 from ..engine.safe_loading import load_from_local
@@ -133,10 +135,12 @@ def convert_file(source: Path, target: Path, arch: str,
         found = found._replace(
             weights=model.state_dict(), missing=set(), fitted=fitted)
     target.parent.mkdir(parents=True, exist_ok=True)
+    file = io.BytesIO()
     torch.save(
         dict(
             meta=dict(source=source.name, arch=arch,
                       num_va_layers=model.arch['num_va_layers']),
             state_dict={f'backbone.{k}': v for k, v in found.weights.items()}),
-        target)
+        file)
+    fileio.put(file.getvalue(), str(target))
     return found, len(model.state_dict())

@@ -8,7 +8,7 @@ from typing import Dict, Optional
 import torch
 from mmengine import fileio
 from mmengine.config import Config
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..analysis.building import build_model
 from ..analysis.logs import read_validation
@@ -85,12 +85,11 @@ def halve(weights: Dict[str, Tensor], config: str, source: Path) -> Dict[str, Te
     """
     halved = {k: x.half() if x.is_floating_point() else x for k, x in weights.items()}
     try:
-        config = Config.fromstring(config, '.py')
-        build_model(config)
+        model = build_model(Config.fromstring(config, '.py')).eval()
     except Exception as error:  # of other tools, a checkpoint may hold any text
         raise ValueError(f'{source}: half: the maps cannot be compared, for its config '
                          f'builds no model: {error}') from None
-    change = largest_change(config, weights, halved)
+    change = largest_change(model, weights, halved)
     if not change <= MAX_CHANGE:
         raise ValueError(f'{source}: half: float16 weights change the maps by '
                          f'{change:.2g} of their largest value, more than {MAX_CHANGE}: '
@@ -99,10 +98,9 @@ def halve(weights: Dict[str, Tensor], config: str, source: Path) -> Dict[str, Te
 
 
 @torch.no_grad()
-def largest_change(config: Config, one: Dict[str, Tensor],
+def largest_change(model: nn.Module, one: Dict[str, Tensor],
                    other: Dict[str, Tensor], side: int = 224) -> float:
     """Of the backbone's maps of a random image, relative to their largest value."""
-    model = build_model(config).eval()
     image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     maps = []
     for weights in one, other:

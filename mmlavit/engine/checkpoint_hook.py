@@ -91,7 +91,7 @@ class CheckpointHook(mmengine.hooks.CheckpointHook):
                 runner._load_from = str(path)
                 return
         # Whatever has a checkpoint's name is whole, but for files from elsewhere
-        found = sorted(here.glob(self.filename_tmpl.format('*')),
+        found = sorted(here.glob(re.sub(r'\{[^}]*\}', '*', self.filename_tmpl)),
                        key=lambda path: [int(n) for n in re.findall(r'\d+', path.stem)])
         whole = [str(path) for path in found if zipfile.is_zipfile(path)]
         if whole:

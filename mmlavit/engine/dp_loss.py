@@ -32,12 +32,14 @@ def add_dp_loss(model: nn.Module, inputs: tuple, losses):
     """Forward hook: adds ``loss_dp`` to a dict of losses."""
     if not model.training:
         return None
-    values = []
-    for dp_loss in dp_losses_in(model):
+    dp_losses = list(dp_losses_in(model))
+    for dp_loss in dp_losses:
         dp_loss.end()
-        values.append(dp_loss.take())
+    if not isinstance(losses, dict):
+        return None  # who asked for it takes the loss
+    values = [dp_loss.take() for dp_loss in dp_losses]
     values = [value for value in values if value is not None]
-    if not isinstance(losses, dict) or not values:
+    if not values:
         return None
     losses = dict(losses)
     if 'loss' in losses:

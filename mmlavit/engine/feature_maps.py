@@ -114,9 +114,10 @@ class MapWatch:
 
     def end(self, model: nn.Module, inputs: tuple, losses) -> None:
         """Forward hook of the model: warns of maps that the losses do not need."""
-        if self.nodes is None or not isinstance(losses, dict):
+        nodes, self.nodes = self.nodes, None
+        if nodes is None or not isinstance(losses, dict):
             return
-        nodes, self.nodes, self.done = self.nodes, None, True
+        self.done = True
         found = reached(losses, {node for _, _, node in nodes})
         for backbone in dict.fromkeys(backbone for backbone, _, _ in nodes):
             own = [(i, node) for each, i, node in nodes if each is backbone]

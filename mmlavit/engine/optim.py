@@ -77,6 +77,12 @@ class MergedGroupsConstructor(DefaultOptimWrapperConstructor):
     def _decay_by_layer(self, params: List[dict], model: nn.Module,
                         rate: float) -> None:
         """Lowers the learning rates, as mmpretrain's constructor does."""
+        backbone = getattr(model, 'backbone', model)
+        if not hasattr(backbone, 'get_layer_depth'):
+            raise ValueError(
+                f'paramwise_cfg.layer_decay_rate={rate}: {type(backbone).__name__} does '
+                'not tell the depth of its layers: expected a backbone that has '
+                'get_layer_depth, such as LaViT, or no layer_decay_rate')
         names = {id(x): name for name, x in model.named_parameters()}
         for group in params:
             depth, depths = model.backbone.get_layer_depth(

@@ -29,6 +29,10 @@ class WholeFileBackend(LocalBackend):
                 error.errno, f'{error.strerror}, for {len(obj)} bytes; what '
                 'was there before is as it was', str(filepath)) from error
 
+    def put_text(self, obj: str, filepath, encoding: str = 'utf-8') -> None:
+        """As `put`."""
+        self.put(obj.encode(encoding), filepath)
+
 
 def install() -> None:
     """In place of mmengine's writer of local files."""

@@ -19,7 +19,7 @@ def choose_part(model: nn.Module, part: str) -> Part:
             'end-to-end', a dense detector with decoding and NMS.
 
     Raises:
-        ValueError: If the model has no such part.
+        ValueError: If the model has no such part, or a head that runtimes misread.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     kind = kind_of(model, part)
@@ -29,8 +29,25 @@ def choose_part(model: nn.Module, part: str) -> Part:
             "'backbone', 'model' of an image classifier, an encoder-decoder segmentor "
             "or a single-stage detector, or 'end-to-end' of the latter")
     chosen = kind(model).eval()
+    check_classes(model, chosen)
     chosen.divisor = getattr(getattr(model, 'backbone', None), 'size_divisor', 1)
     return chosen
+
+
+def check_classes(model: nn.Module, part: Part) -> None:
+    """Refuses heads whose classes do not exclude each other, which runtimes misread.
+
+    Raises:
+        ValueError: If there is a threshold for each class in place of a highest score.
+    """
+    head = getattr(model, 'decode_head', None)
+    if part.task == 'segmentation' and getattr(head, 'out_channels', 0) == 1:
+        raise ValueError('export: decode_head.out_channels=1: expected one channel for '
+                         'each class: out_channels=2 for two classes')
+    kinds = [kind.__name__ for kind in type(getattr(model, 'head', None)).__mro__]
+    if part.task == 'classification' and 'MultiLabelClsHead' in kinds:
+        raise ValueError(f'export: head {kinds[0]}: expected a head of classes that '
+                         "exclude each other; part='backbone' exports the maps")
 
 
 def kind_of(model: nn.Module, part: str) -> Optional[Type[Part]]:

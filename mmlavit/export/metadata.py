@@ -56,7 +56,8 @@ def padding_of(preprocessor: nn.Module) -> int:
 
 def preparation(config: Config) -> List[dict]:
     """The steps of the test pipeline that change images, known to a runtime or not."""
-    steps = config.get('test_dataloader', {}).get('dataset', {}).get('pipeline', [])
+    dataset = (config.get('test_dataloader') or {}).get('dataset') or {}
+    steps = dataset.get('pipeline') or []
     named = [dict(step, type=type_name(step['type'])) for step in steps]
     return [step for step in named if not step['type'].startswith(READING)]
 

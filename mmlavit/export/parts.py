@@ -44,10 +44,15 @@ class BackboneMaps(Part):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.backbone = model.backbone
-        self.outputs = [f'map{i}' for i in model.backbone.out_indices]
+        indices = getattr(model.backbone, 'out_indices', None)
+        if indices is None:  # timm's, as mmpretrain wraps it
+            with torch.no_grad():
+                indices = range(len(model.backbone(*self.example(1, 64, 64))))
+        self.outputs = [f'map{i}' for i in indices]
 
     def example(self, batch: int, height: int, width: int) -> Tuple[Tensor, ...]:
-        channels = getattr(self.backbone, 'in_channels', 3)  # stock classes have none
+        convs = (x for x in self.backbone.modules() if isinstance(x, nn.Conv2d))
+        channels = next(convs).in_channels  # of the first; few classes tell it
         return (torch.rand(batch, channels, *self.fitting(height, width)), )
 
     def forward(self, images: Tensor) -> Tuple[Tensor, ...]:

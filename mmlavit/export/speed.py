@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..analysis.peers import build_backbone
-from ..analysis.timing import Spread, Step, time_in_turn
+from ..analysis.timing import Spread, Step, speed_ratio, time_in_turn
 from ..models.backbones.lavit import LaViT
 from .choose import choose_part
 from .parts import Part
@@ -65,7 +65,7 @@ def compare(names: Sequence[str], size: Tuple[int, int, int], folder: Path,
     for name in names:
         try:
             exported = export_backbone(name, size, folder, needs_files)
-        except RuntimeError as error:
+        except (ImportError, RuntimeError) as error:
             print(f'{name} is left out: {error}', file=sys.stderr)
             continue
         sizes[name] = exported.sizes
@@ -174,5 +174,4 @@ def cell(own: Sequence[float], eager: Sequence[float]) -> str:
     text = f'{median} ({low}-{high})'
     if eager is None or eager is own:
         return text
-    ratio = Spread.of([a / b for a, b in zip(eager, own)]).median
-    return f'{text}, x{ratio:.2f}'
+    return f'{text}, x{speed_ratio(eager, own).median:.2f}'

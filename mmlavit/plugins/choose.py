@@ -4,7 +4,7 @@ from typing import Dict, List, Optional
 import torch
 from torch import Tensor, nn
 
-from ..analysis.complexity import count_macs
+from ..analysis.complexity import count_macs, count_parameters
 from ..analysis.measures import Similarity
 from ..utils.checks import require, require_int, require_number, require_type
 from .convert import ConvertedLayer, LessAttentionPlan, convert
@@ -68,10 +68,6 @@ def layer_similarities(part: nn.Module, images: Tensor) -> Dict[int, float]:
     values = (layer['map_similarity_to_previous']
               for layer in similarity.result()['layers'])
     return {i: value for i, value in enumerate(values) if value is not None}
-
-
-def count_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def report(layers: List[ConvertedLayer], size: tuple, before: tuple,

@@ -52,18 +52,23 @@ def load_weights(model: nn.Module,
                  weights: Mapping[str, Tensor]) -> WeightDifferences:
     """Loads the weights that fit, and says which differ.
 
-    What the model's own loading renames or resizes, such as position embeddings, is
-    no difference.
+    What the model's own loading renames, converts or resizes, such as position
+    embeddings, fits.
 
     Raises:
         ValueError: If a part of the model refuses the weights.
     """
     weights = {re.sub(r'^module\.', '', n): x for n, x in weights.items()}
-    differences = compare_weights(weights, model.state_dict())
+    own = model.state_dict()
+    differences = compare_weights(weights, own)
     try:
         keys = model.load_state_dict(weights, strict=False)
     except RuntimeError:  # of sizes
         return differences
-    missing = [n for n in keys.missing_keys if 'num_batches_tracked' not in n]
-    return differences._replace(
-        missing=missing, unexpected=keys.unexpected_keys, sizes=[])
+    # Batch norms begin to count where a checkpoint does not.
+    counted = [name for name in own if 'num_batches_tracked' not in name]
+    missing = set(keys.missing_keys)
+    return WeightDifferences(
+        fitting=[name for name in counted if name not in missing],
+        missing=[name for name in counted if name in missing],
+        unexpected=keys.unexpected_keys, sizes=[])

@@ -54,6 +54,18 @@ def test_model_that_fails_is_left_out(tmp_path, capsys):
     assert compare([str(fails)], build_backbone, work, 2, 0) == {}
 
 
+def test_a_model_that_cannot_be_built_is_left_out(capsys):
+    def build(name: str) -> nn.Module:
+        if name == 'absent':
+            raise ModuleNotFoundError("No module named 'mmdet'")
+        return Net(torch.contiguous_format)
+
+    work = Workload((8, 8), batch_size=1, layout='contiguous')
+    results = compare(['absent', 'there'], build, work, rounds=2, warmup=0, macs=False)
+    assert list(results) == ['there'] and results['there']['ratio'] == 1
+    assert "absent is left out: No module named 'mmdet'" in capsys.readouterr().err
+
+
 def test_layer_alone_is_given_what_it_gets_in_the_model():
     model = build_backbone('LaViT-T').eval()
     images, seen = torch.rand(1, 3, 64, 96), []

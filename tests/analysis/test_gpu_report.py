@@ -77,7 +77,8 @@ def test_a_part_has_a_process_with_a_time_and_a_log(tmp_path):
 def test_operators_run(result):
     assert [row['runs'] for row in result['rows']] == ['yes'] * 5
     # On the CPU the operators are compared with themselves.
-    assert compare_devices(lambda _: torch.tensor([1., 2.]), 'cpu') == 0
+    results = dict(cpu=torch.tensor([1., 2.]), other=torch.tensor([1.25, 1.5]))
+    assert compare_devices(results.get, 'other') == .5
 
 
 def test_focal_loss_is_that_of_mmdet():
@@ -134,6 +135,7 @@ def test_the_full_plan_is_of_what_there_is(monkeypatch):
     for bench in (*FULL.benches.values(), *FULL.profiles.values(), FULL.pieces):
         assert set(bench.models) <= set(PEERS)
     for name, peak in (('NVIDIA H100 80GB HBM3', 989), ('NVIDIA H100 PCIe', 756),
-                       ('NVIDIA A100-SXM4-40GB', 312), ('Other', None)):
+                       ('NVIDIA A100-SXM4-40GB', 312), ('NVIDIA L40', None),
+                       ('NVIDIA L4', 121), ('NVIDIA RTX A1000', None)):
         monkeypatch.setattr(torch.cuda, 'get_device_name', lambda name=name: name)
         assert peak_by_data_sheet('cuda') == peak

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from builders import ARCH, randomise, small_lavit
+from builders import ARCH, randomise, small_lavit, stock_pvt
+from mmengine.registry import MODELS, init_default_scope
 from mmlavit.analysis.building import load_model
 from mmlavit.analysis.images import (find_images, make_inputs, measure_similarity,
-                                     observe_image, read_image)
+                                     observe_image, preprocess, read_image)
 from mmlavit.analysis.measures import Similarity
 from mmlavit.analysis.observe import observe_layers
 
@@ -103,6 +104,39 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         load_model(config, str(tmp_path / 'y.pth'), 'cpu')
     with pytest.raises(FileNotFoundError, match='z.pth'):
         load_model(config, str(tmp_path / 'z.pth'), 'cpu')
+
+
+@pytest.mark.parametrize('scope, kind, options', [
+    ('mmseg', 'SegDataPreProcessor', dict(size=(64, 64), test_cfg=dict(size_divisor=32))),
+    ('mmseg', 'SegDataPreProcessor', dict(size=(64, 64))),
+    ('mmdet', 'DetDataPreprocessor', dict(pad_size_divisor=32)),
+    ('mmpretrain', 'ClsDataPreprocessor', dict()),
+], ids=lambda value: str(value)[:30])
+def test_images_are_normalised_and_padded_as_in_a_test(scope, kind, options):
+    init_default_scope(scope)
+    channels = dict(to_rgb=True) if scope == 'mmpretrain' else dict(bgr_to_rgb=True)
+    model = torch.nn.Module()
+    model.data_preprocessor = MODELS.build(dict(
+        type=kind, mean=[1., 2., 3.], std=[4., 5., 6.], **channels, **options))
+    image = np.random.default_rng(0).integers(0, 255, (50, 64, 3), np.uint8)
+    inputs = preprocess(model, [image, image[::-1].copy()])
+    assert inputs.shape == (2, 3, 64 if len(options) > 1 or scope == 'mmdet' else 50, 64)
+    expected = (image[..., ::-1] - np.array([1., 2., 3.])) / np.array([4., 5., 6.])
+    np.testing.assert_allclose(inputs[0, :, :50].permute(1, 2, 0), expected, rtol=1e-5)
+    assert not inputs[:, :, 50:].any()
+
+
+def test_weights_under_other_names_are_loaded(tmp_path):
+    """mmdet's, which LaViT converts, with DDP's prefix."""
+    stock = stock_pvt(dict(embed_dims=(32, 64, 160, 256), depths=(2, 2, 2, 2),
+                           num_heads=(1, 2, 5, 8), mlp_ratios=(8, 8, 4, 4)))
+    torch.save({f'module.backbone.{name}': x.float()
+                for name, x in stock.state_dict().items()}, tmp_path / 'b0.pth')
+    config = str(ROOT / 'configs/retinanet_lavit_pvtv2-b0_coco.py')
+    backbone = load_model(config, str(tmp_path / 'b0.pth'), 'cpu').backbone
+    torch.testing.assert_close(
+        backbone.stages[0].blocks[0].attn.q.bias.double(),
+        stock.layers[0][1][0].attn.attn.in_proj_bias[:32])
 
 
 def test_images_are_spread_over_the_folder_and_missing_ones_named(tmp_path):

@@ -28,6 +28,12 @@ def test_unknown_models_are_named():
         assert str(error.value).startswith(f'{name}: ')
 
 
+@pytest.mark.parametrize('name', ["LaViT('tiny')", "LaViT(**dict(arch='tiny'))"])
+def test_arguments_without_a_name_are_refused(name):
+    with pytest.raises(ValueError, match=r"expected .* LaViT\(arch='tiny'\)"):
+        build_backbone(name)
+
+
 def test_registered_classes_are_taken_with_their_arguments():
     model = build_backbone('mmdet.ResNet(depth=18, out_indices=(2, ))')
     assert model.depth == 18 and model.out_indices == (2, )

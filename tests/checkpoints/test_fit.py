@@ -125,8 +125,8 @@ def test_images_are_read_as_a_classifiers_test_reads_them(tmp_path):
     torch.testing.assert_close(
         read[0], expected.view(1, 3, 1, 1).expand_as(read[0]), atol=1e-5, rtol=0)
     assert sum(map(len, read_images(tmp_path, 56, most=5, batch_size=4))) == 5
-    with pytest.raises(ValueError, match='9 images .*: expected more than 9'):
+    with pytest.raises(ValueError, match='9 images: expected more than 9'):
         read_images(tmp_path, 56, batch_size=9)
-    (tmp_path / 'a.jpg').write_bytes(b'x')
-    with pytest.raises(ValueError, match='a.jpg: no image'):
+    (tmp_path / 'a.jpg').write_bytes(b'')  # at which OpenCV raises
+    with pytest.raises(ValueError, match='a.jpg: not a readable image'):
         read_images(tmp_path, 56, batch_size=4)

@@ -343,6 +343,14 @@ def test_resumes_from_the_last_whole_checkpoint(named, digits, trained,
     assert_same(resumed, weights(trained / 'epoch_3.pth'))
 
 
+def test_checkpoints_named_by_a_template_of_numbers_are_found(digits, trained, tmp_path):
+    (tmp_path / 'epoch_001.pth').write_bytes((trained / 'epoch_1.pth').read_bytes())
+    config = digits_config(digits, default_hooks__checkpoint=dict(
+        type='CheckpointHook', interval=1, filename_tmpl='epoch_{:03d}.pth'))
+    assert_same(train(config, tmp_path, resume=True), weights(trained / 'epoch_3.pth'))
+    assert (tmp_path / 'epoch_003.pth').is_file()
+
+
 def test_moved_work_directory_resumes_its_last_checkpoint(digits, trained,
                                                           tmp_path):
     """By the name, not by the time at which a file was copied."""
@@ -407,6 +415,8 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     fill_disk(monkeypatch, 'best.pth')
     with pytest.raises(OSError, match='what was there before is as it was'):
         backend.put(b'better', path)
+    with pytest.raises(OSError, match='what was there before is as it was'):
+        dump(dict(a=2), path, file_format='json')
     assert path.read_bytes() == b'good'
     assert sorted(os.listdir(tmp_path)) == ['best.pth', 'new']
 

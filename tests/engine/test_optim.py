@@ -208,6 +208,15 @@ def test_merged_groups_decay_as_mmpretrains_do(frozen_stages):
     assert len(merged.param_groups) <= 2 * 11 < len(stock.param_groups)
 
 
+def test_backbones_without_depths_are_named():
+    model = nn.Module()
+    model.backbone = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match='layer_decay_rate=0.5: Linear does not tell'):
+        build_optim_wrapper(model, dict(
+            constructor='MergedGroupsConstructor', optimizer=dict(type='SGD', lr=1.),
+            paramwise_cfg=dict(layer_decay_rate=.5)))
+
+
 def test_detectors_decay_by_layer_too():
     """Which the toolbox's own constructor does for ConvNeXt alone."""
     config = Config.fromfile(COCO)

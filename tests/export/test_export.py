@@ -262,6 +262,22 @@ def test_wrong_parts_are_named():
         choose.choose_part(build_model(config), 'end-to-end')
 
 
+def test_heads_of_thresholds_are_refused():
+    model = build_model(segmentor_config(dict(
+        type='FCNHead', in_channels=[8, 16], input_transform='resize_concat', num_convs=1,
+        out_channels=1, threshold=.3)))
+    with pytest.raises(ValueError, match='decode_head.out_channels=1: .* out_channels=2'):
+        choose.choose_part(model, 'model')
+    model = build_model(Config(dict(default_scope='mmpretrain', model=dict(
+        type='ImageClassifier',
+        backbone=dict(BACKBONE, out_indices=(1, )),
+        neck=dict(type='GlobalAveragePooling'),
+        head=dict(type='MultiLabelLinearClsHead', num_classes=3, in_channels=16)))))
+    with pytest.raises(ValueError, match='head MultiLabelLinearClsHead'):
+        choose.choose_part(model, 'model')
+    assert choose.choose_part(model, 'backbone').outputs == ['map1']
+
+
 def test_other_dense_heads_are_named_or_refused():
     """FCOS's third output has a name; the boxes of FCOS and GFL are of other coders."""
     config = detector_config(Path('data'))
@@ -318,6 +334,14 @@ def test_average_precision_needs_boxes_and_names_what_it_does_not_know(digits):
             ({name: dict(box, labels=['cat'])}, "no class 'cat'")):
         with pytest.raises(SystemExit, match=message):
             tool.average_precision(predictions, file)
+
+
+def test_images_of_the_same_name_are_refused(tmp_path):
+    truth = dict(images=[dict(id=i, file_name=f'{i}/a.png') for i in range(2)],
+                 annotations=[], categories=[])
+    (tmp_path / 'truth.json').write_text(json.dumps(truth))
+    with pytest.raises(SystemExit, match='the same name'):
+        load_tool('infer_onnx').average_precision({'a.png': {}}, tmp_path / 'truth.json')
 
 
 def test_weights_beyond_float16_are_named(tmp_path):

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / 'configs'
 
@@ -56,3 +58,16 @@ def test_run_starts_resumes_and_skips(tmp_path):
     # The last fails: said, and the exit code is not 0.
     assert done.returncode == 1
     assert 'exit code 1; its log is in work/c' in done.stderr
+
+
+@pytest.mark.parametrize('item, named', [
+    ('lavit_s_in1k', 'expected CONFIG=FILE'),
+    ('lavit_s_in1k=gone.json', 'gone.json: no such file'),
+    ('lavit_s_in1k.py=result.json', 'expected the name of a config')])
+def test_results_that_belong_to_no_row_are_named(item, named, tmp_path):
+    (tmp_path / 'result.json').write_text('{}')
+    item = item.replace('result.json', str(tmp_path / 'result.json'))
+    done = subprocess.run(
+        [sys.executable, ROOT / 'tools/tables.py', 'all', '--result', item],
+        capture_output=True, text=True)
+    assert done.returncode == 2 and named in done.stderr

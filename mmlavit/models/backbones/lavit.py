@@ -16,6 +16,7 @@ from ...utils.checks import (require, require_bool, require_int, require_ints,
 from ...utils.weights import compare_weights
 from ..layers.block import Stage
 from ..layers.grid import to_map
+from ..layers.mixing import DEFAULT_RANK
 from ..losses.dp_loss import build_dp_loss, select_layers
 from .arch import (check_init_cfg, check_layer_options, check_out_indices,
                    is_less_attention, plan_stages, resolve_arch)
@@ -33,7 +34,8 @@ def init_module(module: nn.Module) -> None:
         nn.init.normal_(module.weight, 0,
                         math.sqrt(2 * module.groups / fan_out))
     elif isinstance(module, (nn.LayerNorm, _BatchNorm, nn.GroupNorm)):
-        nn.init.ones_(module.weight)
+        if module.weight is not None:  # affine=False
+            nn.init.ones_(module.weight)
     if getattr(module, 'bias', None) is not None:
         nn.init.zeros_(module.bias)
 
@@ -174,7 +176,7 @@ class LaViT(MapBackbone, BaseModule):
                  trunk_norm: Optional[bool] = None,
                  transform: str = 'token_mix',
                  mixing: str = 'full',
-                 mixing_rank: int = 16,
+                 mixing_rank: int = DEFAULT_RANK,
                  dp_loss: Optional[dict] = None,
                  score_path: str = 'auto',
                  max_query_grid: int = 14,

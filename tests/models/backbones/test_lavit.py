@@ -342,6 +342,7 @@ def test_batch_norm_and_norm_eval(norm_eval, device):
 
 
 def test_group_norm_acts_on_channels():
+    build(norm_cfg=dict(type='BN', affine=False)).init_weights()  # has no weights
     model = randomise(build(norm_cfg=dict(type='GN', num_groups=4))).double()
     out = model(torch.randn(2, 3, 64, 96, dtype=torch.double))[2]
     norm = model.stages[2].norm

@@ -343,6 +343,21 @@ def test_a_loss_that_reaches_no_training_is_said():
             model(x)
 
 
+def test_a_forward_that_returns_no_losses_leaves_the_loss_to_be_taken():
+    model = MODELS.build(Config(dict(
+        type='mmpretrain.ImageClassifier',
+        data_preprocessor=dict(type='mmpretrain.ClsDataPreprocessor'),
+        backbone=dict(type='LaViT', arch=ARCH, pretrain_img_size=64, dp_loss=dict(),
+                      out_indices=(3, )),
+        neck=dict(type='mmpretrain.GlobalAveragePooling'),
+        head=dict(type='mmpretrain.LinearClsHead', num_classes=10, in_channels=32))))
+    randomise(model).train()
+    batch = BATCHES['mmpretrain'](model, (64, 64))
+    expected = model(**batch, mode='loss')['loss_dp']
+    model(batch['inputs'], mode='tensor')
+    assert torch.equal(model.backbone.dp_loss.take(), expected)
+
+
 @pytest.mark.parametrize('dp_loss', [None, dict()])
 def test_parts_of_a_model_may_be_taken_away(dp_loss):
     model = Model(dp_loss=dp_loss)

@@ -202,6 +202,19 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def mean_rows(results: Dict[str, dict], title: str) -> List[dict]:
+    """A row for each measure, a column for each model."""
+    from mmlavit.analysis.report import number
+    rows = []
+    for name, measure in TITLES.items():
+        rows.append({title: measure})
+        for label, result in results.items():
+            values = [layer[name] for layer in result['layers']
+                      if layer[name] is not None]
+            rows[-1][label] = number(sum(values) / len(values) if values else None, 3)
+    return rows
+
+
 def main() -> None:
     args = parse_args()
     # After parsing: it takes seconds, which --help need not wait for.
@@ -211,7 +224,7 @@ def main() -> None:
     from mmlavit.analysis.images import (find_images, measure_similarity,
                                          observe_image, read_image)
     from mmlavit.analysis.measures import similarity_rows
-    from mmlavit.analysis.report import markdown_table, number, write_csv
+    from mmlavit.analysis.report import markdown_table, write_csv
     logging.disable(logging.INFO)
     # Detectors pad to that; so that pictures and maps are of the same area.
     size = tuple(-(-side // 32) * 32 for side in args.size)
@@ -240,14 +253,7 @@ def main() -> None:
     if whole:
         plot_attention(whole, image, args.points, args.heads, args.out / 'attention.png')
     plot_features(maps, image, args.out / 'features.png')
-    means = []
-    for name, title in TITLES.items():
-        means.append({f'mean over layers and {len(files)} images': title})
-        for label, result in results.items():
-            values = [layer[name] for layer in result['layers']
-                      if layer[name] is not None]
-            means[-1][label] = number(
-                sum(values) / len(values) if values else None, 3)
+    means = mean_rows(results, f'mean over layers and {len(files)} images')
     print(f'\n{markdown_table(means)}\n\nwritten to {args.out}')
 
 

@@ -94,14 +94,8 @@ def convert(model: nn.Module, family: Family, layers: Sequence[int], *,
     loss = build_dp_loss(dp_loss)
     dp_layers = select_layers(loss, [i in layers for i in range(len(spots))])
 
-    undo, handover = ExitStack(), Handover(type(family).find_grid)
-    handover.dp_loss = loss
-    if loss is not None:
-        model.dp_loss = loss
-        undo.callback(delattr, model, 'dp_loss')
-    if handover.find_grid is not None:
-        undo.callback(
-            model.patch_embed.register_forward_hook(handover.keep_grid).remove)
+    undo = ExitStack()
+    handover = hand_over(undo, model, family, loss)
     givers, replaced = find_givers(spots, sources), {}
     for i, spot in enumerate(spots):
         role = Role(
@@ -120,22 +114,46 @@ def convert(model: nn.Module, family: Family, layers: Sequence[int], *,
             handover=handover,
             exchange=Exchange())
         before = spots[i - 1] if sources[i] not in (None, spot.lane) else None
-        if role.kind == 'LA':
-            module = family.less_attention(
-                spot, role.exchange, before,
-                q_base_grid=family.base_grid(spot.q_grid, max_base_grid),
-                k_base_grid=family.base_grid(spot.k_grid, max_base_grid), **options)
+        module = convert_layer(undo, family, spot, role, before, max_base_grid, options)
+        if module is not None:
             replaced[f'{names[id(spot.holder)]}.{spot.projection}'] = module
-            replace(undo, spot, module)
-        else:
-            family.keep_scores(undo, spot, role.exchange, before)
-        family.keep_maps(undo, spot, role.exchange)
-        become(undo, spot.layer, family.layer_class, role)
     if replaced:
         weights = StockWeights(type(model).__name__, replaced)
         undo.callback(model._register_load_state_dict_pre_hook(weights.fit).remove)
     chosen = [ConvertedLayer(i, names[id(spots[i].layer)]) for i in layers]
     return LessAttentionPlan(model, chosen, loss, undo)
+
+
+def hand_over(undo: ExitStack, model: nn.Module, family: Family,
+              loss: Optional[nn.Module]) -> Handover:
+    """What the layers of a forward pass hand on, attached to the model."""
+    handover = Handover(type(family).find_grid)
+    handover.dp_loss = loss
+    if loss is not None:
+        model.dp_loss = loss
+        undo.callback(delattr, model, 'dp_loss')
+    if handover.find_grid is not None:
+        undo.callback(
+            model.patch_embed.register_forward_hook(handover.keep_grid).remove)
+    return handover
+
+
+def convert_layer(undo: ExitStack, family: Family, spot: Spot, role: Role,
+                  before: Optional[Spot], max_base_grid: int,
+                  options: dict) -> Optional[nn.Module]:
+    """Gives a layer its role; returns what took the place of its Q, K and V, if any."""
+    module = None
+    if role.kind == 'LA':
+        module = family.less_attention(
+            spot, role.exchange, before,
+            q_base_grid=family.base_grid(spot.q_grid, max_base_grid),
+            k_base_grid=family.base_grid(spot.k_grid, max_base_grid), **options)
+        replace(undo, spot, module)
+    else:
+        family.keep_scores(undo, spot, role.exchange, before)
+    family.keep_maps(undo, spot, role.exchange)
+    become(undo, spot.layer, family.layer_class, role)
+    return module
 
 
 def find_sources(family: Family, spots: Sequence[Spot], layers: Sequence[int],

@@ -227,30 +227,26 @@ class Stage(nn.Module):
             attn_drop_rate=attn_drop_rate,
             drop_rate=drop_rate,
             norm_cfg=norm_cfg)
-        self.blocks = nn.ModuleList()
-        for layer in layers:
-            if layer.kind == 'VA':
-                attn = VanillaAttention(**attention, score_path=score_path)
-            else:
-                attn = LessAttention(
-                    **attention,
-                    value_reduction=value_reduction,
-                    q_base_grid=q_base_grid,
-                    k_base_grid=k_base_grid,
-                    transform=transform,
-                    mixing=mixing,
-                    mixing_rank=mixing_rank)
-            self.blocks.append(
-                Block(
-                    attn=attn,
-                    dims=dims,
-                    mlp_ratio=mlp_ratio,
-                    norm_cfg=norm_cfg,
-                    act_cfg=act_cfg,
-                    drop_rate=drop_rate,
-                    drop_path_rate=layer.drop_path_rate,
-                    with_cp=with_cp,
-                    stage=number))
+        inheritance = dict(
+            value_reduction=value_reduction,
+            q_base_grid=q_base_grid,
+            k_base_grid=k_base_grid,
+            transform=transform,
+            mixing=mixing,
+            mixing_rank=mixing_rank)
+        self.blocks = nn.ModuleList(
+            Block(
+                attn=(VanillaAttention(**attention, score_path=score_path)
+                      if layer.kind == 'VA' else
+                      LessAttention(**attention, **inheritance)),
+                dims=dims,
+                mlp_ratio=mlp_ratio,
+                norm_cfg=norm_cfg,
+                act_cfg=act_cfg,
+                drop_rate=drop_rate,
+                drop_path_rate=layer.drop_path_rate,
+                with_cp=with_cp,
+                stage=number) for layer in layers)
         self.norm = None if norm is None else build_norm(norm_cfg, dims)
         self.norm_in_trunk = norm == 'trunk'
 

@@ -5,7 +5,10 @@ from mmengine.fileio import LocalBackend, register_backend
 
 
 class WholeFileBackend(LocalBackend):
-    """Local files, which are there whole or not at all."""
+    """Local files of bytes, such as checkpoints, which are there whole or not at all.
+
+    Text, as of metrics, is not: every rank writes it to the same file.
+    """
 
     def put(self, obj: bytes, filepath) -> None:
         """Writes bytes beside the file and then takes the file's place.
@@ -28,10 +31,6 @@ class WholeFileBackend(LocalBackend):
             raise OSError(
                 error.errno, f'{error.strerror}, for {len(obj)} bytes; what '
                 'was there before is as it was', str(filepath)) from error
-
-    def put_text(self, obj: str, filepath, encoding: str = 'utf-8') -> None:
-        """As `put`."""
-        self.put(obj.encode(encoding), filepath)
 
 
 def install() -> None:

@@ -415,9 +415,6 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     fill_disk(monkeypatch, 'best.pth')
     with pytest.raises(OSError, match='what was there before is as it was'):
         backend.put(b'better', path)
-    with pytest.raises(OSError, match='what was there before is as it was'):
-        dump(dict(a=2), path, file_format='json')
-    assert path.read_bytes() == b'good'
     assert sorted(os.listdir(tmp_path)) == ['best.pth', 'new']
 
 

@@ -7,8 +7,7 @@ def install() -> None:
     - `environment`: checks torch, mmengine and mmcv; ``mmseg::`` bases load where
       OneDL's fork of mmsegmentation is.
     - `safe_loading`: checkpoints are loaded as data.
-    - `whole_files`: checkpoints and other local files of bytes are there whole or not at
-      all.
+    - `whole_files`: local files are there whole or not at all.
     - `checkpoint_hook`: ``CheckpointHook`` keeps two, reads back, compares; a resumed
       training goes on with its random numbers.
     - `dp_loss`: models add the DP loss of their backbone to their losses.

@@ -5,10 +5,7 @@ from mmengine.fileio import LocalBackend, register_backend
 
 
 class WholeFileBackend(LocalBackend):
-    """Local files of bytes, such as checkpoints, which are there whole or not at all.
-
-    Text, as of metrics, is not: every rank writes it to the same file.
-    """
+    """Local files, which are there whole or not at all."""
 
     def put(self, obj: bytes, filepath) -> None:
         """Writes bytes beside the file and then takes the file's place.
@@ -16,10 +13,21 @@ class WholeFileBackend(LocalBackend):
         Raises:
             OSError: If that fails; what was there before is as it was.
         """
+        self._put(obj, filepath, '.part')
+
+    def put_text(self, obj: str, filepath, encoding: str = 'utf-8') -> None:
+        """As `put`.
+
+        mmengine has every rank write its metrics to the same file. They differ in
+        length, so that one over the other would be no JSON.
+        """
+        self._put(obj.encode(encoding), filepath, f'.{os.getpid()}.part')
+
+    def _put(self, obj: bytes, filepath, suffix: str) -> None:
         filepath = os.path.realpath(filepath)  # a link stays one
         if os.path.exists(filepath) and not os.path.isfile(filepath):
             return super().put(obj, filepath)  # a pipe or a device
-        part = f'{filepath}.part'
+        part = f'{filepath}{suffix}'
         try:
             super().put(obj, part)
             with open(part, 'rb') as file:

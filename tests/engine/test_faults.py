@@ -1,5 +1,7 @@
 """Damaged and hostile checkpoints, kills, full disks, invalid losses."""
 import errno
+import json
+import multiprocessing
 import os
 import pickle
 import signal
@@ -415,7 +417,29 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     fill_disk(monkeypatch, 'best.pth')
     with pytest.raises(OSError, match='what was there before is as it was'):
         backend.put(b'better', path)
+    with pytest.raises(OSError, match='what was there before is as it was'):
+        dump(dict(a=2), path, file_format='json')
+    assert path.read_bytes() == b'good'
     assert sorted(os.listdir(tmp_path)) == ['best.pth', 'new']
+
+
+def write_often(path: str, length: int) -> None:
+    for _ in range(40):
+        dump(dict(x='0' * length), path, file_format='json')
+
+
+def test_ranks_that_write_the_same_file_leave_one_of_theirs(tmp_path):
+    """As mmengine's ranks do with the metrics of a test."""
+    path = tmp_path / 'x.json'
+    ranks = [multiprocessing.get_context('fork').Process(
+        target=write_often, args=(str(path), length)) for length in (10, 5000)]
+    for rank in ranks:
+        rank.start()
+    while any(rank.is_alive() for rank in ranks):
+        if path.is_file():
+            assert len(json.loads(path.read_text())['x']) in (10, 5000)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    assert os.listdir(tmp_path) == ['x.json']
 
 
 # Invalid losses and repeatability -------------------------------------------

@@ -79,8 +79,8 @@ def main() -> None:
     print(f'{torch.get_num_threads()} CPU threads ({platform.machine()}), torch '
           f'{torch.__version__}, batch {args.batch_size}, {height} x {width}')
     try:
-        rows = compare(expand_groups(args.models), (args.batch_size, height, width), args.out,
-                       args.runtimes, args.dtypes, args.rounds, args.warmup)
+        rows = compare(expand_groups(args.models), (args.batch_size, height, width),
+                       args.out, args.runtimes, args.dtypes, args.rounds, args.warmup)
     except (FileNotFoundError, RuntimeError, ValueError) as error:
         sys.exit(str(error))
     if not rows:

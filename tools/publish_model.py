@@ -4,10 +4,10 @@
 
 Keeps the weights alone, without optimizer and log, in plain types that torch's safe
 loader reads without mmlavit. After training with EMAHook they are the moving
-average, which is what was validated. Adds the config, without the paths of this
-machine that mmengine adds, and the figures of this checkpoint's validation, or of ``--results``, the JSON of a test; and puts the first
-8 digits of the file's SHA-256 into its name, as torch.hub checks it:
-``lavit_t_in1k-1a2b3c4d.pth``.
+average, which is what was validated. Adds the config, without the paths of this machine
+that mmengine adds, and the figures of this checkpoint's validation, or of ``--results``,
+the JSON of a test; and puts the first 8 digits of the file's SHA-256 into its name, as
+torch.hub checks it: ``lavit_t_in1k-1a2b3c4d.pth``.
 """
 import argparse
 import json

@@ -89,8 +89,8 @@ def parse_args() -> argparse.Namespace:
             parser.error(f'{item}: expected CONFIG=FILE')
         if not Path(file).is_file():
             parser.error(f'{item}: {file}: no such file')
-        if not (args.published.parent / f'{config}.py').is_file():
-            parser.error(f'{item}: expected the name of a config beside '
+        if not list(args.published.parent.rglob(f'{config}.py')):
+            parser.error(f'{item}: expected the name of a config in the folder of '
                          f'{args.published}, such as retinanet_lavit_s_coco')
     if args.table == 'small':
         if args.run or args.result or args.result_ms or args.train_args:

@@ -95,7 +95,7 @@ def convert(model: nn.Module, family: Family, layers: Sequence[int], *,
     dp_layers = select_layers(loss, [i in layers for i in range(len(spots))])
 
     undo = ExitStack()
-    handover = hand_over(undo, model, family, loss)
+    handover = make_handover(undo, model, family, loss)
     givers, replaced = find_givers(spots, sources), {}
     for i, spot in enumerate(spots):
         role = Role(
@@ -124,8 +124,8 @@ def convert(model: nn.Module, family: Family, layers: Sequence[int], *,
     return LessAttentionPlan(model, chosen, loss, undo)
 
 
-def hand_over(undo: ExitStack, model: nn.Module, family: Family,
-              loss: Optional[nn.Module]) -> Handover:
+def make_handover(undo: ExitStack, model: nn.Module, family: Family,
+                  loss: Optional[nn.Module]) -> Handover:
     """What the layers of a forward pass hand on, attached to the model."""
     handover = Handover(type(family).find_grid)
     handover.dp_loss = loss

@@ -138,8 +138,9 @@ def test_files_that_cannot_be_published_are_named(tmp_path):
 
 def test_results_that_are_no_json_are_named(trained, tmp_path):
     (tmp_path / 'result.json').write_text('accuracy: 1')
+    tool = Path(__file__).parents[2] / 'tools/publish_model.py'
     done = subprocess.run(
-        [sys.executable, Path(__file__).parents[2] / 'tools/publish_model.py', trained, tmp_path / 'y.pth',
-         '--results', tmp_path / 'result.json'], capture_output=True, text=True)
+        [sys.executable, tool, trained, tmp_path / 'y.pth', '--results',
+         tmp_path / 'result.json'], capture_output=True, text=True)
     assert done.returncode == 1
     assert 'result.json: expected JSON of tools/test.py' in done.stderr.splitlines()[-1]

@@ -10,6 +10,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import mmengine.config.config
 import mmengine.config.utils
 import pytest
 import torch
@@ -20,9 +21,11 @@ os.environ['PATH'] = os.pathsep.join(
     [str(Path(sys.executable).parent), os.environ['PATH']])
 
 
-# mmengine reads all metafiles of a toolbox, half a second, for every base of it.
-mmengine.config.utils.load = functools.lru_cache(maxsize=None)(
-    mmengine.config.utils.load)
+# For every base that is a toolbox's, mmengine reads all metafiles of the toolbox and
+# looks for installed packages: half a second.
+cached = functools.lru_cache(maxsize=None)
+mmengine.config.utils.load = cached(mmengine.config.utils.load)
+mmengine.config.config.is_installed = cached(mmengine.config.config.is_installed)
 
 
 @pytest.fixture

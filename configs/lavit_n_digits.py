@@ -1,12 +1,20 @@
 """LaViT-N on single scanned digits, at 64 px; see tools/make_digits.py for the data.
 
-Trains from scratch on the CPU in a minute or two.
+Begins from LaViT-N's weights and trains on the CPU in a minute or two. From scratch:
+``--cfg-options model.backbone.init_cfg=None
+optim_wrapper.paramwise_cfg.layer_decay_rate=1.``.
 """
 _base_ = './lavit_n_tin100.py'
 
 num_epochs = 20
 model = dict(
-    backbone=dict(drop_path_rate=0., dp_loss=None),
+    backbone=dict(
+        drop_path_rate=0.,
+        dp_loss=None,
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='{{ fileDirname }}/../checkpoints/lavit_n_tin100-e3a49569.pth',
+            prefix='backbone.')),
     head=dict(num_classes=10))
 data_preprocessor = dict(num_classes=10)
 train_pipeline = [
@@ -23,6 +31,7 @@ val_dataloader = dict(
     num_workers=1,
     dataset=dict(data_root='data/digits/classes/val', pipeline=test_pipeline))
 test_dataloader = val_dataloader
+optim_wrapper = dict(paramwise_cfg=dict(layer_decay_rate=0.9))
 train_cfg = dict(max_epochs=num_epochs, val_interval=5)
 param_scheduler = [
     dict(

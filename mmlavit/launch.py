@@ -13,7 +13,7 @@ import importlib.util
 import runpy
 import sys
 from pathlib import Path
-from typing import List
+from typing import List, Optional
 
 import torch
 from mmengine.config import Config, DictAction
@@ -34,8 +34,7 @@ def main(task: str) -> None:
         task (str): 'train' or 'test'.
     """
     argv = sys.argv[1:]
-    path = next((arg for arg in argv if arg.endswith(CONFIG_SUFFIXES)
-                 and ('=' not in arg or Path(arg).is_file())), None)
+    path = find_config(argv)
     if path is None:
         print(f'usage: python {sys.argv[0]} CONFIG '
               f'{"CHECKPOINT " if task == "test" else ""}[OPTIONS]\n'
@@ -70,6 +69,16 @@ def main(task: str) -> None:
     if torch.distributed.is_initialized():
         gc.collect()
         torch.distributed.destroy_process_group()
+
+
+def find_config(argv: List[str]) -> Optional[str]:
+    """The config among the arguments: a Python file if there is one.
+
+    Values of options may have its suffixes too, such as the JSON of ``--out``.
+    """
+    named = [arg for arg in argv if arg.endswith(CONFIG_SUFFIXES)
+             and ('=' not in arg or Path(arg).is_file())]
+    return next((arg for arg in named if arg.endswith('.py')), named[0] if named else None)
 
 
 def find_script(scope: str, task: str) -> Path:

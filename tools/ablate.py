@@ -21,6 +21,7 @@ A small data set says little about ImageNet: the table names its data and budget
 """
 import argparse
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import List
@@ -136,6 +137,8 @@ def check_data(parser: argparse.ArgumentParser, data: Path) -> None:
 
 def main() -> None:
     args = parse_args()
+    # So that the training that runs is ended, too.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     # After parsing: it takes seconds, which --help need not wait for.
     from tqdm import tqdm
 

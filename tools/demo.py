@@ -287,7 +287,7 @@ def run_full(verbose: bool) -> None:
     steps.begin('4/5 Testing the checkpoint on held-out images (half a minute)')
     test(steps, work_dir, {})
     steps.begin('5/5 Result')
-    report(steps, work_dir, '--min-ap', 0.70, '--min-ap50', 0.90)
+    report(steps, work_dir, '--min-ap', 0.80, '--min-ap50', 0.95)
 
 
 def start(work_dir: Path, verbose: bool) -> Steps:

@@ -18,6 +18,7 @@ resumed.
 """
 import argparse
 import logging
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -93,12 +94,16 @@ def parse_args() -> argparse.Namespace:
             parser.error(f'{item}: expected the name of a config in the folder of '
                          f'{args.published}, such as retinanet_lavit_s_coco')
     if args.table == 'small':
-        if args.run or args.result or args.result_ms or args.train_args:
-            parser.error('small: expected no --run, --result, --result-ms and '
-                         '--train-args')
-        args.seeds, args.tasks = args.seeds or [0, 1, 2], args.tasks or TABLES
-        if len(set(args.seeds)) < len(args.seeds):
-            parser.error(f'--seeds {" ".join(map(str, args.seeds))}: expected each once')
+        of_others = 'run', 'result', 'result_ms', 'train_args', 'gpus', 'work_dirs'
+        given = [f'--{name.replace("_", "-")}' for name in of_others
+                 if getattr(args, name) != parser.get_default(name)]
+        if given:
+            parser.error(f'small: expected no {", ".join(given)}')
+        args.seeds, args.tasks = args.seeds or [0, 1, 2], args.tasks or list(TABLES)
+        for name in ('seeds', 'tasks'):
+            values = getattr(args, name)
+            if len(set(values)) < len(values):
+                parser.error(f'--{name} {" ".join(map(str, values))}: expected each once')
     elif args.seeds or args.tasks:
         parser.error('--seeds, --tasks: expected the table small with them')
     return args
@@ -106,6 +111,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    # So that the training that runs is ended, too.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     if args.table == 'small':
         small(args.only, args.tasks, args.seeds, args.out / 'small',
               args.published.parent)
@@ -115,7 +122,10 @@ def main() -> None:
 
 def small(only: str, tasks: Sequence[str], seeds: Sequence[int], out: Path,
           configs: Path) -> None:
-    """Trains what is not complete and prints the table."""
+    """Trains what is not complete and prints the table.
+
+    A training that fails leaves a gap in it, and the exit code is 1.
+    """
     # After parsing: it takes seconds, which --help need not wait for.
     from tqdm import tqdm
 
@@ -130,18 +140,26 @@ def small(only: str, tasks: Sequence[str], seeds: Sequence[int], out: Path,
                        'data/digits']).returncode:
         sys.exit('the digits could not be made')
     runs = [(task, name, seed) for seed in seeds for task in tasks for name in networks]
-    try:
-        for i, (task, name, seed) in enumerate(tqdm(runs, 'training', disable=None), 1):
-            score = train_network(configs, out, task, name, seed)
-            tqdm.write(f'[{i}/{len(runs)}] {task}, {name}, seed {seed}: {score:.1f} %')
-    except (RuntimeError, ValueError) as error:
-        sys.exit(str(error))
-    rows = [make_row(configs, out, name, tasks, seeds) for name in networks]
+    scores, failed = {}, []
+    for i, (task, name, seed) in enumerate(tqdm(runs, 'training', disable=None), 1):
+        title = f'[{i}/{len(runs)}] {task}, {name}, seed {seed}'
+        try:
+            scores[task, name, seed] = train_network(configs, out, task, name, seed)
+            tqdm.write(f'{title}: {scores[task, name, seed]:.1f} %')
+        except (RuntimeError, ValueError) as error:
+            failed.append(f'{title}: {error}')
+            tqdm.write(failed[-1])
+    rows = [make_row(configs, name, tasks, scores) for name in networks]
     text = (f'{describe(configs, tasks)}; from scratch, seeds '
             f'{" ".join(map(str, seeds))}.\n\n{markdown_table(rows)}\n')
-    (out / 'small.md').write_text(text)
-    write_csv(rows, out / 'small.csv')
-    print(f'\n{text}\nwritten to {out}/small.md and .csv')
+    # A part of the table does not take the place of the whole.
+    part = [*(tasks if len(tasks) < len(TABLES) else []), *(only.split() if only else [])]
+    name = '_'.join(['small', *part])
+    (out / f'{name}.md').write_text(text)
+    write_csv(rows, out / f'{name}.csv')
+    print(f'\n{text}\nwritten to {out / name}.md and .csv')
+    if failed:
+        sys.exit('\n'.join(['not complete:', *failed]))
 
 
 def published(args: argparse.Namespace) -> None:

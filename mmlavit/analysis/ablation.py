@@ -50,8 +50,9 @@ VARIANTS: Dict[str, dict] = {
     'DP loss, bounded': dict(dp_loss=dict(form='bounded')),
     'DP loss, margin 1': dict(dp_loss=dict(form='bounded', margin=1.)),
     'DP loss, paper form': dict(dp_loss=dict(form='paper', loss_weight=1e-4)),
-    'identity': dict(transform='identity'),
-    're-attention': dict(transform='re_attention'),
+    # The DP loss is on Theta and Psi, which these lack.
+    'identity': dict(transform='identity', dp_loss=None),
+    're-attention': dict(transform='re_attention', dp_loss=None),
     'low-rank mixing': dict(mixing='low_rank'),
     'no residual': dict(attn_residual=False),
     'LA one stage earlier': dict(num_va_layers=one_earlier),
@@ -209,7 +210,7 @@ def hold_uniform(config: Config, num_va_layers: Sequence[int]) -> None:
 
 def arch_of(backbone: dict) -> dict:
     """The complete arch of a backbone's config."""
-    return resolve_arch(backbone.arch, backbone.get('num_va_layers'),
+    return resolve_arch(backbone.get('arch', 'small'), backbone.get('num_va_layers'),
                         sr_ratios_of(backbone))
 
 

@@ -27,8 +27,9 @@ def build_model(config: Config) -> nn.Module:
     """
     init_default_scope(config.default_scope)
     model = copy.deepcopy(config.model)
-    if 'backbone' in model:
-        model.backbone.pop('init_cfg', None)
+    for part in model, model.get('backbone', {}):
+        part.pop('init_cfg', None)
+        part.pop('pretrained', None)  # mmsegmentation's older name of it
     if 'data_preprocessor' in config:
         model.setdefault('data_preprocessor', config.data_preprocessor)
     return revert_sync_batchnorm(MODELS.build(model))

@@ -6,6 +6,8 @@ import torch
 from mmengine.analysis import get_model_complexity_info
 from torch import nn
 
+from ..utils.images import image_channels
+
 
 def count_parameters(model: nn.Module) -> int:
     """Shared ones once."""
@@ -19,14 +21,15 @@ def count_macs(model: nn.Module, size: Tuple[int, int]) -> float:
         model (nn.Module): A backbone, or a whole model of the toolboxes.
         size (tuple[int, int]): (H, W) of the image in pixels.
     """
+    like = next(model.parameters())
+    image = torch.rand(1, image_channels(model), *size, device=like.device,
+                       dtype=like.dtype)
     training = model.training
     model.eval()  # some of the toolboxes' return nothing
-    like = next(model.parameters())
-    image = torch.rand(1, 3, *size, device=like.device, dtype=like.dtype)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter('ignore')  # the tracer's, of sizes it takes as fixed
-        flops = get_model_complexity_info(
-            model, inputs=(image, ), show_table=False,
-            show_arch=False)['flops']
-    model.train(training)
-    return flops
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter('ignore')  # the tracer's, of sizes it takes as fixed
+            return get_model_complexity_info(
+                model, inputs=(image, ), show_table=False, show_arch=False)['flops']
+    finally:
+        model.train(training)

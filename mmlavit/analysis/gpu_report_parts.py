@@ -244,8 +244,10 @@ def run_benchmark(plan: Plan, out: Path, name: str) -> dict:
         dict.fromkeys(model for each in results.values() for model in each)]
     left_out = [line for line in said.getvalue().splitlines()
                 if ' is left out: ' in line]
-    markdown = [f'## {bench.title}', markdown_table(without_empty_columns(rows)),
-                'Peak memory of a step beside the weights:', markdown_table(memory)]
+    markdown = [f'## {bench.title}']
+    if rows:
+        markdown += [markdown_table(without_empty_columns(rows)),
+                     'Peak memory of a step beside the weights:', markdown_table(memory)]
     if left_out:
         markdown.append('\n'.join(f'- {line}' for line in left_out))
     return dict(results=results, left_out=left_out, markdown='\n\n'.join(markdown))

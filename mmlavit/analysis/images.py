@@ -1,6 +1,7 @@
 """Image files before a model: found, prepared, and what it makes of them."""
+import glob
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import mmcv
 import numpy as np
@@ -19,26 +20,35 @@ class UnreadableImage(ValueError):
     """A file that no image can be read from."""
 
 
-def find_images(path: Path, limit: int) -> List[Path]:
-    """Image files of a folder and those in it, in order of their names.
+def find_images(images: Union[str, Path], limit: Optional[int] = None) -> List[Path]:
+    """The files that a path or a pattern stands for, in order of their names.
 
     Args:
-        path (Path): A folder, or a file.
-        limit (int): Of more files, so many are taken, spread evenly.
+        images (str | Path): A file; a folder, which is searched through; or a pattern.
+        limit (int, optional): Of more files, so many are taken, spread evenly. Default:
+            all.
 
     Raises:
         FileNotFoundError: If there are none.
     """
-    files = [path] if path.is_file() else sorted(
-        file for file in path.rglob('*') if file.suffix.lower() in SUFFIXES)
+    path = Path(images)
+    if path.is_dir():
+        files = [x for x in path.rglob('*') if x.suffix.lower() in SUFFIXES]
+    elif path.is_file():
+        files = [path]
+    else:
+        files = [Path(x) for x in glob.glob(str(images), recursive=True)
+                 if Path(x).is_file()]
     if not files:
         raise FileNotFoundError(
-            f'{path}: no images there ({", ".join(sorted(SUFFIXES))})')
-    count = min(limit, len(files))
+            f'{images}: no images there: expected a file, a folder or a pattern '
+            f'of files ({", ".join(sorted(SUFFIXES))})')
+    files = sorted(files)
+    count = len(files) if limit is None else min(limit, len(files))
     return [files[i * len(files) // count] for i in range(count)]
 
 
-def read_image(file: Path, size: Optional[Tuple[int, int]]) -> np.ndarray:
+def read_image(file: Path, size: Optional[Tuple[int, int]] = None) -> np.ndarray:
     """An image file as BGR bytes (H, W, 3), resized to (H, W) if that is given.
 
     Raises:

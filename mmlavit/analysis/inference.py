@@ -1,5 +1,4 @@
 """The toolboxes' inferencers, alike for all three: files in, pictures and JSON out."""
-import glob
 import json
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Optional, Tuple
@@ -11,7 +10,7 @@ from mmengine.config import Config
 from tqdm import tqdm
 
 from .building import quiet
-from .images import SUFFIXES, picture_name
+from .images import UnreadableImage, find_images, picture_name, read_image
 
 
 def infer(config: Path, checkpoint: Path, images: str, out: Path,
@@ -56,23 +55,6 @@ def infer(config: Path, checkpoint: Path, images: str, out: Path,
     return len(predictions), skipped
 
 
-def find_images(images: str) -> List[Path]:
-    """The files that a path or a pattern stands for, in order."""
-    path = Path(images)
-    if path.is_dir():
-        files = [x for x in path.rglob('*') if x.suffix.lower() in SUFFIXES]
-    elif path.is_file():
-        files = [path]
-    else:
-        files = [Path(x) for x in glob.glob(images, recursive=True)
-                 if Path(x).is_file()]
-    if not files:
-        raise FileNotFoundError(
-            f'{images}: no images there: expected a file, a folder or a pattern '
-            f'of files ({", ".join(sorted(SUFFIXES))})')
-    return sorted(files)
-
-
 def common_folder(files: List[Path]) -> Path:
     """The innermost folder that holds all files."""
     return next(folder for folder in files[0].parents
@@ -88,10 +70,8 @@ def readable_batches(files: List[Path], batch_size: int,
     batch = []
     for file in files:
         try:
-            readable = mmcv.imread(file) is not None
-        except Exception:  # whatever a decoder may raise
-            readable = False
-        if not readable:
+            read_image(file)
+        except UnreadableImage:
             skipped.append(str(file))
             continue
         batch.append(file)

@@ -33,4 +33,4 @@ def read_validation(work_dir: Path, step: int) -> dict:
     found = [line for line in read_scalars(work_dir)
              if 'loss' not in line and line.get('step') == step]
     return {key: value for key, value in (found[-1] if found else {}).items()
-            if key not in ('time', 'data_time')}
+            if key not in ('time', 'data_time', 'step')}

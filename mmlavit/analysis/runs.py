@@ -2,7 +2,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Dict, Mapping, NamedTuple, Optional
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 from mmengine.config import Config
 
@@ -49,14 +49,21 @@ def read_run(config: Config, work_dir: Path, names: Mapping[str, str],
     last = work_dir / 'last_checkpoint'
     match = last.is_file() and re.search(rf'{unit}_(\d+)\.pth', last.read_text())
     done = int(match[1]) if match else 0
-    # A test is of the last checkpoint.
-    tests = sorted(work_dir.glob('test/*/*.json')) if result is None else [result]
-    lines = [] if result else read_scalars(work_dir)
-    lines += [dict(json.loads(path.read_text()), step=done) for path in tests]
-    figures, figures_of = {}, 0
-    for line in lines:
-        found = {figure: line[name] for figure, name in names.items()
-                 if name in line}
-        if found:
-            figures, figures_of = found, line.get('step', 0)
+    found = [] if result else select(read_scalars(work_dir), names)
+    if not found or found[-1].get('step') != done:
+        # Of a test, where the last checkpoint was not validated: it is taken to be of
+        # that checkpoint.
+        tests = [result] if result else sorted(work_dir.glob('test/*/*.json'))
+        found += select([dict(json.loads(path.read_text()), step=done)
+                         for path in tests], names)
+    figures = dict(found[-1]) if found else {}
+    figures_of = figures.pop('step', 0)
     return Run(done, length, unit, figures, figures_of)
+
+
+def select(lines: Sequence[dict], names: Mapping[str, str]) -> List[dict]:
+    """Of each line that has any of the figures those and its step, by our names."""
+    found = [{figure: line[name] for figure, name in names.items() if name in line}
+             for line in lines]
+    return [dict(figures, step=line.get('step', 0))
+            for figures, line in zip(found, lines) if figures]

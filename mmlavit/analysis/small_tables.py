@@ -1,7 +1,7 @@
 """The paper's three tables on scanned digits, with small networks, trained on a CPU."""
 import statistics
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Sequence
+from typing import Dict, NamedTuple, Sequence, Tuple
 
 from mmengine.config import Config
 from mmengine.utils import import_modules_from_strings
@@ -10,7 +10,7 @@ from .building import build_model
 from .complexity import count_macs, count_parameters
 from .peers import lavit, twin
 from .report import number
-from .training import from_scratch, metric_of, progress, set_schedule, train
+from .training import from_scratch, metric_of, set_schedule, train
 
 
 class Network(NamedTuple):
@@ -91,6 +91,14 @@ def train_network(configs: Path, out: Path, task: str, network: str,
                  work_dir(out, task, network, seed))
 
 
+def summarise(scores: Sequence[float]) -> str:
+    """Mean and standard deviation, as far as there are any."""
+    if not scores:
+        return ''
+    spread = f' ± {statistics.stdev(scores):.1f}' if len(scores) > 1 else ''
+    return f'{statistics.fmean(scores):.1f}{spread}'
+
+
 def describe(configs: Path, tasks: Sequence[str]) -> str:
     """The data and the budget of some tasks."""
     budgets = (
@@ -100,20 +108,25 @@ def describe(configs: Path, tasks: Sequence[str]) -> str:
     return f'Made digits: {"; ".join(budgets)}'
 
 
-def make_row(configs: Path, out: Path, network: str, tasks: Sequence[str],
-             seeds: Sequence[int]) -> Dict[str, str]:
-    """A network's scores, means and standard deviations over seeds, and its cost."""
+def make_row(configs: Path, network: str, tasks: Sequence[str],
+             scores: Dict[Tuple[str, str, int], float]) -> Dict[str, str]:
+    """A network's scores, means and standard deviations over seeds, and its cost.
+
+    Args:
+        configs (Path): The folder of configs.
+        network (str): One of `NETWORKS`.
+        tasks (Sequence[str]): Some of `TASKS`.
+        scores (Dict[Tuple[str, str, int], float]): By task, network and seed, in per
+            cent; those of trainings that failed are not in it.
+    """
     row = dict(network=network)
     for task in tasks:
-        config = make_config(configs, task, network, seeds[0])
-        scores: List[float] = [
-            progress(config, work_dir(out, task, network, seed)).figures['score']
-            for seed in seeds]
-        spread = f' ± {statistics.stdev(scores):.1f}' if len(scores) > 1 else ''
+        config = make_config(configs, task, network, seed=0)
         model = build_model(config)
         size = TASKS[task].size
-        row[f'{TASKS[task].title}: {metric_of(config).title}, %'] = (
-            f'{statistics.fmean(scores):.1f}{spread}')
+        row[f'{TASKS[task].title}: {metric_of(config).title}, %'] = summarise(
+            [score for (of, name, _), score in scores.items()
+             if (of, name) == (task, network)])
         row[f'{TASKS[task].title}: params, M'] = number(
             count_parameters(model) / 1e6, 2)
         row[f'{TASKS[task].title}: MACs, G'] = number(

@@ -1,5 +1,6 @@
 """One training in a process of its own: begun, resumed, or found complete."""
 import fcntl
+import os
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from ..version import __version__
 from .runs import Run, read_run
 
 # How images are loaded makes no other training of it.
-LOADING = re.compile(r'\n *(num_workers|persistent_workers)=[^\n]*')
+LOADING = re.compile(r'\s*\b(num_workers|persistent_workers)=\w+,?')
 
 
 class Metric(NamedTuple):
@@ -61,11 +62,12 @@ def from_scratch(config: Config) -> None:
 
     No pre-training, nothing frozen, and one learning rate for all layers.
     """
+    config.load_from = None
     backbone = config.model.backbone
     backbone.init_cfg = None
     if 'frozen_stages' in backbone:
         backbone.frozen_stages = -1
-    config.optim_wrapper.get('paramwise_cfg', {}).pop('layer_decay_rate', None)
+    (config.optim_wrapper.get('paramwise_cfg') or {}).pop('layer_decay_rate', None)
 
 
 def train(config: Config, work_dir: Path) -> float:
@@ -115,6 +117,8 @@ def alone(work_dir: Path) -> Iterator[None]:
         except BlockingIOError:
             raise RuntimeError(f'{work_dir}: another process trains there: wait for '
                                'it, or give another --out') from None
+        # What is launched holds the lock too: it may go on without this process.
+        os.set_inheritable(file.fileno(), True)
         yield
 
 
@@ -150,6 +154,10 @@ def progress(config: Config, work_dir: Path) -> Run:
     """Of a training, with its metric in per cent as ``score``."""
     metric = metric_of(config)
     run = read_run(config, work_dir, dict(score=metric.name))
+    if (config.default_scope == 'mmdet' and run.complete and not run.figures
+            and any(work_dir.glob('test/*/*.json'))):
+        # mmdet gives no figure where a detector finds nothing in any image.
+        run = run._replace(figures=dict(score=0.), figures_of=run.done)
     return run._replace(figures={
         name: value * metric.factor for name, value in run.figures.items()})
 
@@ -164,4 +172,4 @@ def launch(task: str, arguments: Sequence, log: Path) -> None:
     code = f'from mmlavit.launch import main; main({task!r})'
     with open(log, 'a') as file:
         subprocess.run([sys.executable, '-c', code, *map(str, arguments)],
-                       stdout=file, stderr=subprocess.STDOUT)
+                       stdout=file, stderr=subprocess.STDOUT, close_fds=False)

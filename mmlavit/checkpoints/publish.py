@@ -14,11 +14,14 @@ from ..analysis.building import build_model
 from ..analysis.logs import read_validation
 from ..engine.checkpoint_hook import as_plain_data
 from ..engine.safe_loading import load_from_local
+from ..utils.images import image_channels
 from ..version import __version__
 
 KEPT = ('dataset_meta', 'epoch', 'iter', 'experiment_name')
 # Of the config: where and how this training was started, on whose machine.
 LOCAL = re.compile(r'^(work_dir|load_from|resume|launcher) = .*\n', re.M)
+# And the folders of absolute paths, of data or of the weights it began with.
+FOLDERS = re.compile(r'''(['"])/(?:[^'"\n/]+/)*([^'"\n/]+/?)\1''')
 # Of the largest value of a map, by which half precision may change it.
 MAX_CHANGE = 1e-2
 
@@ -34,7 +37,8 @@ def publish(source: Path, target: Path, figures: Optional[dict] = None,
         figures (dict): The validation's. Default: those that the log beside the
             checkpoint has of it.
         half (bool): Stores weights in float16, in half the space. PyTorch turns
-            them to float32 on loading. Defaults to False.
+            them to float32 on loading. To compare the maps the config in ``source`` is
+            run: use it on your own checkpoints. Defaults to False.
 
     Returns:
         Path: The file written; torch's safe loader reads it without mmlavit.
@@ -57,7 +61,7 @@ def publish(source: Path, target: Path, figures: Optional[dict] = None,
         weights = halve(weights, meta.get('cfg', ''), source)
     kept = {key: as_plain_data(meta[key]) for key in KEPT if key in meta}
     if 'cfg' in meta:
-        kept['cfg'] = LOCAL.sub('', meta['cfg'])
+        kept['cfg'] = FOLDERS.sub(r'\1\2\1', LOCAL.sub('', meta['cfg']))
     file = io.BytesIO()
     torch.save(
         dict(
@@ -66,7 +70,8 @@ def publish(source: Path, target: Path, figures: Optional[dict] = None,
             state_dict=weights),
         file)
     sha = hashlib.sha256(file.getbuffer()).hexdigest()
-    final = target.with_name(f'{target.stem}-{sha[:8]}.pth')
+    name = target.stem if target.suffix == '.pth' else target.name
+    final = target.with_name(f'{name}-{sha[:8]}.pth')
     fileio.put(file.getvalue(), str(final))
     return final
 
@@ -76,7 +81,8 @@ def halve(weights: Dict[str, Tensor], config: str, source: Path) -> Dict[str, Te
 
     Args:
         weights (dict[str, Tensor]): Of the whole model.
-        config (str): The model's, as mmengine writes it into checkpoints.
+        config (str): The model's, as mmengine writes it into checkpoints. It is run,
+            as any config is.
         source (Path): What errors name.
 
     Raises:
@@ -101,7 +107,8 @@ def halve(weights: Dict[str, Tensor], config: str, source: Path) -> Dict[str, Te
 def largest_change(model: nn.Module, one: Dict[str, Tensor],
                    other: Dict[str, Tensor], side: int = 224) -> float:
     """Of the backbone's maps of a random image, relative to their largest value."""
-    image = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    image = torch.randn(1, image_channels(model), side, side,
+                        generator=torch.Generator().manual_seed(0))
     maps = []
     for weights in one, other:
         model.load_state_dict(weights)

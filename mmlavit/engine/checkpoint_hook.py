@@ -91,9 +91,12 @@ class CheckpointHook(mmengine.hooks.CheckpointHook):
                 runner._load_from = str(path)
                 return
         # Whatever has a checkpoint's name is whole, but for files from elsewhere
-        found = sorted(here.glob(re.sub(r'\{[^}]*\}', '*', self.filename_tmpl)),
-                       key=lambda path: [int(n) for n in re.findall(r'\d+', path.stem)])
-        whole = [str(path) for path in found if zipfile.is_zipfile(path)]
+        name = re.compile(r'(\d+)'.join(
+            map(re.escape, re.split(r'\{[^}]*\}', self.filename_tmpl))))
+        # Numbers alone: a published file has a hash there.
+        found = sorted((int(match[1]), path) for path in here.iterdir()
+                       if (match := name.fullmatch(path.name)))
+        whole = [str(path) for _, path in found if zipfile.is_zipfile(path)]
         if whole:
             runner._load_from = whole[-1]
             runner.logger.warning(
@@ -197,8 +200,8 @@ class CheckpointHook(mmengine.hooks.CheckpointHook):
             raise ValueError(f'{name}: holds no weights, only the keys '
                              f'{list(weights)[:5]}')
         model = runner.model
-        if is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-            model = model.module
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module  # with --tta on several GPUs it has both around it
         try:
             found = load_weights(model, weights)
         except ValueError as error:  # LaViT's own
@@ -211,6 +214,8 @@ class CheckpointHook(mmengine.hooks.CheckpointHook):
                 f'{len(weights)} weights fit the model\'s '
                 f'{len(model.state_dict())}; {found.describe()}')
         if runner._resume:
+            # mmengine would run it, as a config's code. It writes none itself.
+            checkpoint.get('meta', {}).pop('config', None)
             self._prepare_to_resume(runner, name, checkpoint)
 
     def _prepare_to_resume(self, runner, name: str, checkpoint: dict) -> None:

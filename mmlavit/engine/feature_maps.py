@@ -9,7 +9,7 @@ with less attention. Whether the maps fit is asked when it is built and at its f
 forward; whether the losses depend on all of them, at its first training forward.
 """
 import logging
-from typing import List, Optional, Sequence
+from typing import List, Optional, Sequence, Set
 
 import torch
 from mmengine.logging import print_log
@@ -164,14 +164,23 @@ def attach(parent: nn.Module, name: str, child: Optional[nn.Module]) -> None:
     if not isinstance(parent, BaseModel) or child is None:
         return
     check_reader(parent, name, child)
-    backbones = [module for module in child.modules() if isinstance(module, MapBackbone)]
+    backbones = [module for module in child.modules() if isinstance(module, MapBackbone)
+                 and id(module) not in watched(parent)]
     if not backbones:
-        return
+        return  # of none, or registered again, as mmengine does to replace SyncBN
     watch = MapWatch()
     parent.register_forward_pre_hook(watch.begin)
     parent.register_forward_hook(watch.end)
     for backbone in backbones:
         backbone.register_forward_hook(watch.keep)
+
+
+def watched(parent: nn.Module) -> Set[int]:
+    """The ids of the backbones that a model already looks at."""
+    return {id(module) for module in parent.modules()
+            for hook in module._forward_hooks.values()
+            if isinstance(getattr(hook, '__self__', None), MapWatch)
+            and isinstance(module, MapBackbone)}
 
 
 def install() -> None:

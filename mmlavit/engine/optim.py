@@ -29,10 +29,10 @@ class MergedGroupsConstructor(DefaultOptimWrapperConstructor):
             ``get_layer_depth`` (LaViT, and some of mmpretrain's). Defaults to None.
 
     Raises:
-        AttributeError: With ``layer_decay_rate``, if the backbone has no
-            ``get_layer_depth``.
-        ValueError: When modules share a parameter and ``bypass_duplicate`` is not
-            set; an optimizer would update it once for each of them.
+        ValueError: When ``layer_decay_rate`` is not above 0 and at most 1, or the
+            backbone has no ``get_layer_depth``; when modules share a parameter and
+            ``bypass_duplicate`` is not set, for an optimizer would update it once for
+            each of them.
     """
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
@@ -77,7 +77,12 @@ class MergedGroupsConstructor(DefaultOptimWrapperConstructor):
     def _decay_by_layer(self, params: List[dict], model: nn.Module,
                         rate: float) -> None:
         """Lowers the learning rates, as mmpretrain's constructor does."""
-        backbone = getattr(model, 'backbone', model)
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not (
+                0 < rate <= 1):
+            raise ValueError(f'paramwise_cfg.layer_decay_rate={rate!r}: expected a '
+                             'number above 0 and at most 1, such as 0.9')
+        prefix = 'backbone.' if hasattr(model, 'backbone') else ''
+        backbone = model.backbone if prefix else model
         if not hasattr(backbone, 'get_layer_depth'):
             raise ValueError(
                 f'paramwise_cfg.layer_decay_rate={rate}: {type(backbone).__name__} does '
@@ -85,8 +90,8 @@ class MergedGroupsConstructor(DefaultOptimWrapperConstructor):
                 'get_layer_depth, such as LaViT, or no layer_decay_rate')
         names = {id(x): name for name, x in model.named_parameters()}
         for group in params:
-            depth, depths = model.backbone.get_layer_depth(
-                names[id(group['params'][0])], 'backbone.')
+            depth, depths = backbone.get_layer_depth(
+                names[id(group['params'][0])], prefix)
             group['lr'] = group.get('lr', self.base_lr) * rate**(depths - 1 - depth)
 
 

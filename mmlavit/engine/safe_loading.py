@@ -98,7 +98,8 @@ def load_from_local(filename: str, map_location=None) -> dict:
     """Loads a local checkpoint without running code that it may hold.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError, PermissionError: If there is no such file, or it may not be
+            read.
         ValueError: If it is no checkpoint, is damaged, or would run code.
     """
     path = os.path.expanduser(filename)
@@ -111,6 +112,8 @@ def load_from_local(filename: str, map_location=None) -> dict:
         else:
             with mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD='0'):
                 checkpoint = torch.load(path, map_location, DATA_PICKLE)
+    except (PermissionError, torch.cuda.OutOfMemoryError):
+        raise  # the file may be whole
     except Exception as error:
         # Torch's own message goes on with advice to run the code.
         found = re.search(r'GLOBAL [\w.]+|refused to look up .*', str(error))

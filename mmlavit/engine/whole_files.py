@@ -1,5 +1,6 @@
 """Files are written whole: beside the old one, whose place they then take."""
 import os
+import socket
 
 from mmengine.fileio import LocalBackend, register_backend
 
@@ -21,7 +22,8 @@ class WholeFileBackend(LocalBackend):
         mmengine has every rank write its metrics to the same file. They differ in
         length, so that one over the other would be no JSON.
         """
-        self._put(obj.encode(encoding), filepath, f'.{os.getpid()}.part')
+        self._put(obj.encode(encoding), filepath,
+                  f'.{socket.gethostname()}.{os.getpid()}.part')
 
     def _put(self, obj: bytes, filepath, suffix: str) -> None:
         filepath = os.path.realpath(filepath)  # a link stays one

@@ -4,6 +4,7 @@ from typing import Optional, Type
 
 from torch import nn
 
+from ..utils.checks import require_choice
 from .detections import Detections
 from .parts import (BackboneMaps, ClassLogits, DenseDetections, Part,
                     PixelLogits)
@@ -19,7 +20,8 @@ def choose_part(model: nn.Module, part: str) -> Part:
             'end-to-end', a dense detector with decoding and NMS.
 
     Raises:
-        ValueError: If the model has no such part, or a head that runtimes misread.
+        ValueError: If there is no such part, the model lacks it, or its head is one that
+            runtimes misread.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     kind = kind_of(model, part)
@@ -51,7 +53,12 @@ def check_classes(model: nn.Module, part: Part) -> None:
 
 
 def kind_of(model: nn.Module, part: str) -> Optional[Type[Part]]:
-    """The kind of `Part` that fits, by what the model can do; None if none does."""
+    """The kind of `Part` that fits, by what the model can do; None if none does.
+
+    Raises:
+        ValueError: If there is no such ``part``.
+    """
+    require_choice('part', part, ('model', 'backbone', 'end-to-end'))
     if part == 'backbone':
         return BackboneMaps if hasattr(model, 'backbone') else None
     if hasattr(getattr(model, 'bbox_head', None), 'prior_generator'):

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..utils.images import image_channels
+
 
 class Part(nn.Module):
     """A part of a model.
@@ -26,7 +28,8 @@ class Part(nn.Module):
 
     def example(self, batch: int, height: int, width: int) -> Tuple[Tensor, ...]:
         """Random inputs of that size, or of the next that fits."""
-        return (torch.rand(batch, 3, *self.fitting(height, width)), )
+        channels = image_channels(getattr(self, 'model', self))
+        return (torch.rand(batch, channels, *self.fitting(height, width)), )
 
     def fitting(self, *sides: int) -> Tuple[int, ...]:
         """The next multiples of ``divisor``."""
@@ -49,11 +52,6 @@ class BackboneMaps(Part):
             with torch.no_grad():
                 indices = range(len(model.backbone(*self.example(1, 64, 64))))
         self.outputs = [f'map{i}' for i in indices]
-
-    def example(self, batch: int, height: int, width: int) -> Tuple[Tensor, ...]:
-        convs = (x for x in self.backbone.modules() if isinstance(x, nn.Conv2d))
-        channels = next(convs).in_channels  # of the first; few classes tell it
-        return (torch.rand(batch, channels, *self.fitting(height, width)), )
 
     def forward(self, images: Tensor) -> Tuple[Tensor, ...]:
         return self.backbone(images)
@@ -97,7 +95,7 @@ class DenseDetections(Part):
         # Some heads have a third output, as the centerness of FCOS.
         kinds = 'cls_score', 'bbox_pred', 'other'
         with torch.no_grad():
-            outs = model(torch.rand(1, 3, 64, 64), mode='tensor')
+            outs = model(*self.example(1, 64, 64), mode='tensor')
         self.outputs = [f'{kind}{i}' for kind, levels in zip(kinds, outs)
                         for i in range(len(levels))]
 

@@ -59,6 +59,8 @@ def quantise_linear(path: Path, inputs: Iterable[Dict[str, object]]) -> int:
 
     model = onnx.load(path)
     layers = list(linear_layers(model))
+    if not layers:
+        return 0  # to onnxruntime an empty list means all
     metadata = {x.key: x.value for x in model.metadata_props}
     quantize_static(
         path, path, Reader(), nodes_to_quantize=layers, per_channel=True,

@@ -29,7 +29,11 @@ def choose_and_convert(part: nn.Module, family: Family, images: Optional[Tensor]
     size = tuple(images.shape[2:])
     before = count_parameters(part), count_macs(part, size)
     plan = convert(part, family, chosen, **options)
-    after = count_parameters(part), count_macs(part, size)
+    try:
+        after = count_parameters(part), count_macs(part, size)
+    except BaseException:
+        plan.remove()  # nobody else could
+        raise
     plan.layers = [ConvertedLayer(layer.index, layer.name, found[layer.index])
                    for layer in plan.layers]
     plan.report = report(plan.layers, size, before, after)

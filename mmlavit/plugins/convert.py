@@ -174,11 +174,13 @@ def find_sources(family: Family, spots: Sequence[Spot], layers: Sequence[int],
         if source is not None:
             can.append(i)
         sources.append(source if i in takers else None)
-    wrong = [i for i in sorted(takers) if i not in can]
-    require(
-        not wrong, 'layers', layers,
-        f'layers that can inherit scores, which are {can}: ' + '; '.join(
-            f'{names[i]} ({i}) is {family.why_none(spots, i)}' for i in wrong))
+    for argument, value, chosen in (('layers', layers, layers),
+                                    ('attn_residual', True, residual_layers)):
+        wrong = [i for i in sorted(chosen) if i not in can]
+        require(
+            not wrong, argument, value,
+            f'layers that can inherit scores, which are {can}: ' + '; '.join(
+                f'{names[i]} ({i}) is {family.why_none(spots, i)}' for i in wrong))
     return sources
 
 

@@ -90,7 +90,8 @@ class ScoredLayer(Observable):
         if role.source is not None:
             given = handover.read(role.source, role.name)
         grids = self.grids_of(x, *args)
-        inputs = given, grids, role.gives or bool(self.observers), x, *args
+        wanted = role.gives or role.dp_loss or bool(self.observers)
+        inputs = given, grids, wanted, x, *args
         if role.recomputes and x.requires_grad:
             x, done = checkpoint(self._run, *inputs, use_reentrant=False, **kwargs)
         else:

@@ -63,8 +63,17 @@ def load_weights(model: nn.Module,
     differences = compare_weights(weights, own)
     try:
         keys = model.load_state_dict(weights, strict=False)
-    except RuntimeError:  # of sizes
-        return differences
+    except RuntimeError as error:
+        wrong = set(re.findall(r'size mismatch for (\S+):', str(error)))
+        if not wrong & weights.keys():
+            return differences
+        # Such as a head of other classes. The rest may still be converted.
+        found = load_weights(model, {name: x for name, x in weights.items()
+                                     if name not in wrong})
+        return found._replace(
+            missing=[name for name in found.missing if name not in wrong],
+            sizes=[text for text in differences.sizes if text.split()[0] in wrong]
+            + found.sizes)
     # Batch norms begin to count where a checkpoint does not.
     counted = [name for name in own if 'num_batches_tracked' not in name]
     missing = set(keys.missing_keys)

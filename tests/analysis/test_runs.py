@@ -49,6 +49,15 @@ def test_figures_of_an_earlier_epoch_are_said_to_be(tmp_path):
     assert str(run) == 'complete' and run.figures == dict(AP=.2)
 
 
+def test_a_test_does_not_take_the_place_of_the_last_validation(tmp_path):
+    """It may be of an earlier checkpoint."""
+    (tmp_path / 'last_checkpoint').write_text('epoch_12.pth')
+    write_log(tmp_path, '20250101_000000', {'coco/bbox_mAP': .3, 'step': 12})
+    (tmp_path / 'test/1').mkdir(parents=True)
+    (tmp_path / 'test/1/1.json').write_text('{"coco/bbox_mAP": 0.2}')
+    assert read(tmp_path).figures == dict(AP=.3)
+
+
 def test_progress_by_iterations_has_their_unit(tmp_path):
     config = Config(dict(train_cfg=dict(type='IterBasedTrainLoop', max_iters=80)))
     (tmp_path / 'last_checkpoint').write_text('iter_40.pth')

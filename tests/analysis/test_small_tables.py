@@ -1,4 +1,6 @@
 """The three small tables: their configs, without their trainings."""
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from mmlavit.analysis.complexity import count_macs
 from mmlavit.analysis.small_tables import (NETWORKS, TASKS, describe, make_config,
                                            make_row, train_network)
 
-CONFIGS = Path(__file__).parents[2] / 'configs'
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / 'configs'
 
 
 @pytest.mark.parametrize('task', TASKS)
@@ -66,7 +69,37 @@ def test_trains_what_is_missing_and_reads_the_rest(tmp_path, monkeypatch):
     arguments = CONFIGS, tmp_path, 'segmentation', 'LaViT-N'
     assert [train_network(*arguments, seed) for seed in (0, 1, 0)] == [40, 42, 40]
     assert launched == [0, 1]
-    row = make_row(CONFIGS, tmp_path, 'LaViT-N', ['segmentation'], [0, 1])
+    scores = {('segmentation', 'LaViT-N', 0): 40., ('segmentation', 'LaViT-N', 1): 42.,
+              ('segmentation', 'PVT', 0): 10., ('detection', 'LaViT-N', 0): 20.}
+    row = make_row(CONFIGS, 'LaViT-N', ['segmentation', 'classification'], scores)
     assert row['Semantic FPN: mIoU, %'] == '41.0 ± 1.4'
+    assert row['classification: top-1, %'] == ''
     assert describe(CONFIGS, ['segmentation']) == (
         'Made digits: Semantic FPN at 160 px, 6 epochs')
+
+
+def test_a_detector_that_finds_nothing_scores_0(tmp_path, monkeypatch):
+    """mmdet's metric then has no figure, in validation and test."""
+    def listen(task, arguments, log):
+        work_dir = Path(arguments[arguments.index('--work-dir') + 1])
+        if task == 'train':
+            (work_dir / 'last_checkpoint').write_text('epoch_6.pth')
+        else:
+            (work_dir / '1').mkdir(parents=True)
+            (work_dir / '1/1.json').write_text('{"time": 0.1}')
+
+    monkeypatch.setattr(training, 'launch', listen)
+    assert train_network(CONFIGS, tmp_path, 'detection', 'PVT', 0) == 0
+
+
+def test_a_training_that_outlives_its_tool_keeps_others_out(tmp_path, monkeypatch):
+    script = tmp_path / 'python'
+    script.write_text(f'#!/bin/sh\nsleep 60 & echo $! > {tmp_path}/pid\n')
+    script.chmod(0o755)
+    monkeypatch.setattr(training.sys, 'executable', str(script))
+    with training.alone(tmp_path):
+        training.launch('train', [], tmp_path / 'log')
+    with pytest.raises(RuntimeError, match='another process trains there'):
+        with training.alone(tmp_path):
+            pass
+    os.kill(int((tmp_path / 'pid').read_text()), signal.SIGKILL)

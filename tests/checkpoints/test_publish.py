@@ -11,11 +11,16 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from mmengine.logging import HistoryBuffer
+from mmengine.registry import init_default_scope
 
 from builders import ARCH, randomise
 from mmlavit import LaViT
+from mmlavit.analysis.building import build_model
 from mmlavit.checkpoints.publish import MAX_CHANGE, publish
 from mmlavit.engine.safe_loading import load_from_local
+
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -59,7 +64,7 @@ def test_published_file_is_small_hashed_and_plain(trained, tmp_path):
                          stdout=subprocess.PIPE).stdout
     assert '/home/me' not in out
     for word in ("['meta', 'state_dict']", r"'cfg': 'a = 1\n'", "('x', 'y')",
-                 "'accuracy/top1': 50.0", "'epoch': 3"):
+                 "'figures': {'accuracy/top1': 50.0}", "'epoch': 3"):
         assert word in out
     model = LaViT(arch=ARCH, init_cfg=dict(
         type='Pretrained', checkpoint=str(final), prefix='backbone.'))
@@ -67,6 +72,33 @@ def test_published_file_is_small_hashed_and_plain(trained, tmp_path):
     state = load_from_local(str(trained))['state_dict']
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[f'backbone.{name}'])
+
+
+def test_mmdetections_inferencer_takes_the_file_alone(digits, tmp_path):
+    from mmdet.apis import DetInferencer
+    config = Config.fromfile(ROOT / 'configs/retinanet_lavit_n_digits.py')
+    config.val_dataloader.dataset.data_root = '/home/me/data/'
+    init_default_scope('mmdet')
+    model = build_model(config)
+    model.init_weights()
+    source = tmp_path / 'epoch_1.pth'
+    classes = tuple('abcdefghij')
+    torch.save(dict(meta=dict(cfg=config.pretty_text, dataset_meta=dict(classes=classes)),
+                    state_dict=model.state_dict()), source)
+    final = publish(source, tmp_path / 'x.pth')
+    text = torch.load(final, weights_only=True)['meta']['cfg']
+    assert '/home/me' not in text and str(ROOT) not in text
+    assert "data_root='data/'" in text and "'lavit_n_tin100-" in text
+    image = str(digits / 'images/val/00000.png')
+    alone = DetInferencer(weights=str(final), device='cpu')
+    assert alone.visualizer.dataset_meta['classes'] == classes
+    given = DetInferencer(str(ROOT / 'configs/retinanet_lavit_n_digits.py'), str(source),
+                          device='cpu')
+    for each in (alone, given):
+        each.model.test_cfg.score_thr = each.model.bbox_head.test_cfg.score_thr = 0.
+    ours, theirs = (each(image, no_save_vis=True)['predictions'][0]
+                    for each in (alone, given))
+    assert len(ours['scores']) > 10 and ours == theirs
 
 
 def test_the_moving_average_is_published(tmp_path):

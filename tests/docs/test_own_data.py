@@ -1,15 +1,20 @@
 """docs/own_data.md followed with made digits in the place of one's own data."""
+import importlib.util
 import re
 import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import pytest
+import torch
 from mmengine.config import Config
+from mmengine.visualization import Visualizer
+from mmseg.visualization import SegLocalVisualizer
 
 from mmlavit import launch
-from mmlavit.analysis.dataset_checks import check_config
+from mmlavit.engine.safe_loading import load_from_local
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / 'docs/own_data.md').read_text()
@@ -63,33 +68,71 @@ def shrink(config: Config) -> Config:
     return config
 
 
-def run(task: str, *argv) -> None:
-    """tools/train.py or tools/test.py, in this process."""
-    with mock.patch.object(sys, 'argv', [f'{task}.py', *map(str, argv)]):
-        launch.main(task)
+def follow(config: Path, capsys) -> str:
+    """The page's commands, in their order and with their arguments; what they print."""
+    steps = re.search(r'^1\. (.*?)\n\n', PAGE, re.M | re.S)[1].replace('\n', ' ')
+    commands = re.findall(r'`python tools/(\w+)\.py ([^`]*)`', steps)
+    assert [name for name, _ in commands] == ['check_data', 'train', 'test']
+    for name, arguments in commands:
+        if 'CHECKPOINT' in arguments:
+            files = Path('work_dirs/my_config').glob('*.pth')
+            newest = max(files, key=lambda path: path.stat().st_mtime)
+            arguments = arguments.replace('CHECKPOINT', str(newest))
+        # In this process: another takes seconds to begin.
+        with mock.patch.object(sys, 'argv', [f'{name}.py', *arguments.split()]):
+            if name == 'check_data':
+                with pytest.raises(SystemExit) as end:
+                    load_tool(name).main()
+                assert end.value.code == 0
+            else:
+                launch.main(name)
+        Visualizer._instance_dict.clear(), SegLocalVisualizer._instance_dict.clear()
+    return capsys.readouterr().out
 
 
-@pytest.mark.parametrize('kind', KINDS)
-def test_check_train_and_test(kind, data, tmp_path, capsys):
+def load_tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / f'tools/{name}.py')
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
+
+
+def write_config(kind: str, data: Path) -> Path:
+    """The page's, for the digits; small."""
     code = CODES[kind].replace("'configs/", f"'{ROOT}/configs/")
     for old, new in {"'DATA": f"'{data}", **CHANGES[kind]}.items():
         assert old in code, old
         code = code.replace(old, new)
-    code = code.replace("'checkpoints/", f"'{ROOT}/checkpoints/")
-    path = tmp_path / f'my_{kind}.py'
-    path.write_text(code)
-
-    for split, report in check_config(Config.fromfile(path), ('train', 'val'), 0):
-        assert not [x for x in report.kinds() if x.startswith('ERROR')], split
-
+    path = Path('my_config.py')
+    path.write_text(code.replace("'checkpoints/", f"'{ROOT}/checkpoints/"))
     shrink(Config.fromfile(path)).dump(path)
-    run('train', path, '--work-dir', tmp_path / 'work')
-    checkpoint = Path((tmp_path / 'work/last_checkpoint').read_text())
-    assert checkpoint.is_file()
-    run('test', path, checkpoint, '--show-dir', tmp_path / 'pictures', '--work-dir',
-        tmp_path / 'test')
+    return path
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_check_train_and_test(kind, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = follow(write_config(kind, data), capsys)
     metric = dict(boxes='coco/bbox_mAP', masks='mIoU', folders='accuracy/top1')[kind]
-    assert f'{metric}: ' in capsys.readouterr().out.split('Epoch(test)')[-1]
-    # mmsegmentation's go where the first visualizer of this process wrote.
-    pictures = [x for x in tmp_path.rglob('*') if x.suffix in ('.png', '.jpg')]
+    assert f'{metric}: ' in out.split('Epoch(test)')[-1]
+    place = dict(boxes='work_dirs/my_config/TIME/pictures', folders='pictures',
+                 masks='pictures/vis_data/vis_image')[kind]
+    assert f'`{place}`' in PAGE
+    pictures = [x for x in Path().glob(f'{place.replace("TIME", "*")}/*')
+                if x.suffix in ('.png', '.jpg')]
     assert len(pictures) >= 4
+
+
+def test_the_first_stage_keeps_its_weights(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    option = 'model.backbone.frozen_stages=0'
+    assert f'`--cfg-options {option}`' in PAGE
+    path = write_config('folders', data)
+    with mock.patch.object(sys, 'argv', ['train.py', str(path), '--cfg-options', option]):
+        launch.main('train')
+    trained = load_from_local(str(next(Path('work_dirs/my_config').glob('*.pth'))))
+    begun = load_from_local(Config.fromfile(path).model.backbone.init_cfg.checkpoint)
+    moved = {name.split('.')[2] for name, x in begun['state_dict'].items()
+             if name.startswith('backbone.stages.') and x.is_floating_point()
+             and not torch.equal(x.float(), trained['state_dict'][name])}
+    assert moved == {'1', '2', '3'}

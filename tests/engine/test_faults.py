@@ -19,6 +19,7 @@ from mmengine.config import Config
 from mmengine.fileio import dump, get_file_backend
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
+from mmengine.model import BaseTTAModel
 from mmengine.runner.checkpoint import _load_checkpoint
 
 from mmlavit import LaViT
@@ -265,6 +266,24 @@ def test_a_test_with_weights_of_another_toolbox_stops(digits, trained,
                        weights(path)[f'backbone.{name}'])
 
 
+def test_weights_fit_a_model_with_averaging_over_views_on_several_gpus(
+        digits, trained, tmp_path):
+    """``--tta``, whose model is in two wrappers there."""
+    runner = make_runner(digits_config(digits), tmp_path,
+                         load_from=str(trained / 'epoch_3.pth'))
+
+    class Averaging(BaseTTAModel):
+        def merge_preds(self, samples):
+            return samples
+
+    runner.model = torch.nn.DataParallel(Averaging(runner.model))
+    checkpoint = safe_loading.load_from_local(str(trained / 'epoch_3.pth'))
+    runner.call_hook('after_load_checkpoint', checkpoint=checkpoint)
+    del checkpoint['state_dict']['head.fc.weight']
+    with pytest.raises(ValueError, match='1 weights are missing: head.fc.weight'):
+        runner.call_hook('after_load_checkpoint', checkpoint=checkpoint)
+
+
 @pytest.mark.parametrize('options, named', [
     (dict(resume=True), '204 weights are missing: backbone.stages'),
     (dict(), '0 of its 2 weights fit the model'),
@@ -351,6 +370,34 @@ def test_checkpoints_named_by_a_template_of_numbers_are_found(digits, trained, t
         type='CheckpointHook', interval=1, filename_tmpl='epoch_{:03d}.pth'))
     assert_same(train(config, tmp_path, resume=True), weights(trained / 'epoch_3.pth'))
     assert (tmp_path / 'epoch_003.pth').is_file()
+
+
+def test_a_published_file_is_not_resumed(digits, trained, tmp_path):
+    for name in ('epoch_1.pth', 'epoch_2-9a8b7c6d.pth'):
+        (tmp_path / name).write_bytes((trained / 'epoch_1.pth').read_bytes())
+    runner = make_runner(digits_config(digits), tmp_path, resume=True)
+    runner.call_hook('before_run')
+    assert runner._load_from == str(tmp_path / 'epoch_1.pth')
+
+
+def test_no_config_in_a_checkpoint_is_run(digits, trained, tmp_path):
+    """mmengine executes the text when it resumes."""
+    checkpoint = safe_loading.load_from_local(str(trained / 'epoch_2.pth'))
+    checkpoint['meta']['config'] = f"a = open('{tmp_path}/ran', 'w')"
+    torch.save(checkpoint, tmp_path / 'x.pth')
+    resumed = train(digits_config(digits), tmp_path / 'work', resume=True,
+                    load_from=str(tmp_path / 'x.pth'))
+    assert_same(resumed, weights(trained / 'epoch_3.pth'))
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(trained, monkeypatch):
+    def deny(*args, **kwargs):
+        raise PermissionError(errno.EACCES, 'Permission denied')
+
+    monkeypatch.setattr(safe_loading.torch, 'load', deny)
+    with pytest.raises(PermissionError):
+        safe_loading.load_from_local(str(trained / 'epoch_1.pth'))
 
 
 def test_moved_work_directory_resumes_its_last_checkpoint(digits, trained,
@@ -503,7 +550,7 @@ def test_invalid_weights_are_not_saved(digits, tmp_path):
 
     runner = make_runner(digits_config(digits), tmp_path)
     runner.register_hook(Spoil())
-    with pytest.raises(FloatingPointError, match='weights head.fc.weight'):
+    with pytest.raises(FloatingPointError, match='Step 8: the weights head.fc.weight'):
         runner.train()
     assert {path.name for path in tmp_path.glob('*.pth*')} == {'epoch_1.pth'}
 

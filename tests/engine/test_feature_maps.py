@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from builders import ARCH, BATCHES
+from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 
 import mmlavit.engine.feature_maps as feature_maps
@@ -203,3 +204,12 @@ def test_heads_that_select_or_join_maps_fit():
         lavit.out_indices = (0, 1, 2)
         with pytest.raises(ValueError, match='decode_head'):
             feature_maps.check_decode_head(lavit, 'decode_head', head)
+
+
+def test_a_model_registered_again_is_looked_at_once():
+    """mmengine does so to replace SyncBN where training is not distributed."""
+    init_default_scope('mmpretrain')
+    model = revert_sync_batchnorm(MODELS.build(classifier(3)))
+    assert len(model._forward_hooks) == len(model.backbone._forward_hooks) == 1
+    watch = next(iter(model._forward_hooks.values())).__self__
+    assert isinstance(watch, feature_maps.MapWatch)

@@ -217,6 +217,24 @@ def test_backbones_without_depths_are_named():
             paramwise_cfg=dict(layer_decay_rate=.5)))
 
 
+def test_a_backbone_alone_decays_as_in_its_model():
+    model = classifier()
+    cfg = dict(optimizer=dict(type='AdamW', lr=1.), constructor='MergedGroupsConstructor',
+               paramwise_cfg=dict(layer_decay_rate=.5))
+    whole, alone = (settings(build_optim_wrapper(x, copy.deepcopy(cfg)).optimizer, x)
+                    for x in (model, model.backbone))
+    assert {f'backbone.{name}': group['lr'] for name, group in alone.items()} == {
+        name: group['lr'] for name, group in whole.items() if 'backbone' in name}
+
+
+@pytest.mark.parametrize('rate', [0, 1.1, '0.9', True])
+def test_wrong_decay_rates_are_named(rate):
+    with pytest.raises(ValueError, match=f'layer_decay_rate={rate!r}: expected a number'):
+        build_optim_wrapper(classifier(), dict(
+            constructor='MergedGroupsConstructor', optimizer=dict(type='SGD', lr=1.),
+            paramwise_cfg=dict(layer_decay_rate=rate)))
+
+
 def test_detectors_decay_by_layer_too():
     """Which the toolbox's own constructor does for ConvNeXt alone."""
     config = Config.fromfile(COCO)

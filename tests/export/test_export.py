@@ -276,6 +276,8 @@ def test_heads_of_thresholds_are_refused():
     with pytest.raises(ValueError, match='head MultiLabelLinearClsHead'):
         choose.choose_part(model, 'model')
     assert choose.choose_part(model, 'backbone').outputs == ['map1']
+    with pytest.raises(ValueError, match="part='modell': expected one of"):
+        choose.choose_part(model, 'modell')
 
 
 def test_other_dense_heads_are_named_or_refused():

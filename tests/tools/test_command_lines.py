@@ -87,7 +87,8 @@ def test_help_names_what_there_is_to_choose_from(tool):
 
 # Wrong arguments ------------------------------------------------------------
 @pytest.mark.parametrize('args, message', [
-    (['tables', 'small', '--run'], 'small: expected no --run'),
+    (['tables', 'small', '--run', '--gpus', '4'], 'small: expected no --run, --gpus'),
+    (['tables', 'small', '--tasks', 'detection', 'detection'], 'expected each once'),
     (['tables', 'small', '--seeds', '0', '0'], '--seeds 0 0: expected each once'),
     (['tables', 'all', '--seeds', '0'], 'expected the table small'),
     (['ablate', 'configs/lavit_t_in1k.py', '--only', 'ResNet'], 'expected DATA with it'),

@@ -1,4 +1,5 @@
 """tools/tables.py, run as users run it."""
+import importlib.util
 import json
 import os
 import subprocess
@@ -6,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from mmlavit.analysis import small_tables
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / 'configs'
@@ -73,3 +76,32 @@ def test_results_that_belong_to_no_row_are_named(item, named, tmp_path):
         [sys.executable, ROOT / 'tools/tables.py', 'all', '--result', *item.split()],
         capture_output=True, text=True)
     assert done.returncode == 2 and named in done.stderr
+
+
+def test_a_small_training_that_fails_leaves_a_gap(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location('tables', ROOT / 'tools/tables.py')
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    asked = []
+
+    def train(configs, out, task, network, seed):
+        asked.append((task, network, seed))
+        out.mkdir(exist_ok=True)
+        if network == 'PVT' and seed == 1:
+            raise RuntimeError('training failed; see train.log')
+        return 50. + seed
+
+    monkeypatch.setattr(small_tables, 'train_network', train)
+    monkeypatch.setattr(tool.subprocess, 'run',
+                        lambda command: subprocess.CompletedProcess(command, 0))
+    with pytest.raises(SystemExit) as stop:
+        tool.small('PVT', ['classification'], [1, 2], tmp_path / 'small', CONFIGS)
+    assert str(stop.value) == ('not complete:\n[1/4] classification, PVT, seed 1: '
+                               'training failed; see train.log')
+    assert [(name, seed) for _, name, seed in asked] == [
+        ('PVT', 1), ('PVTv2-B0', 1), ('PVT', 2), ('PVTv2-B0', 2)]
+    table = (tmp_path / 'small/small_classification_PVT.md').read_text()
+    cells = [line.split('|')[1:3] for line in table.splitlines() if '| PVT' in line]
+    assert [[cell.strip() for cell in row] for row in cells] == [
+        ['PVT', '52.0'], ['PVTv2-B0', '51.5 ± 0.7']]
+    assert table in capsys.readouterr().out

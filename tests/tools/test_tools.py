@@ -307,3 +307,10 @@ def test_wheel_ships_configs_and_tools_for_mim(tmp_path):
     assert {'mmlavit/.mim/tools/train.py', 'mmlavit/.mim/model-index.yml',
             'mmlavit/models/backbones/lavit.py'} <= names
     assert not [name for name in names if name.startswith(('tests', 'tools'))]
+
+
+@pytest.mark.parametrize('arguments, config', [
+    ('--out-item metrics --out r.json c.py x.pth', 'c.py'),
+    ('--cfg-options a=b.py c.py', 'c.py'), ('c.yml x.pth', 'c.yml'), ('x.pth', None)])
+def test_the_config_is_found_among_the_arguments(arguments, config):
+    assert launch.find_config(arguments.split()) == config

@@ -3,7 +3,7 @@ import itertools
 import math
 import operator
 from contextlib import ExitStack
-from typing import Hashable, List, Optional, Sequence, Tuple
+from typing import Dict, Hashable, List, Optional, Sequence, Tuple
 
 import torch.nn.functional as F
 from mmdet.models.backbones.pvt import (AbsolutePositionEmbedding,
@@ -40,7 +40,7 @@ class PVTLayer(ScoredLayer, PVTEncoderLayer):
 
     def has_whole_regions(self) -> bool:
         """Whether each token must be in the region of a key."""
-        return self.role.kind == 'LA' or self.role.gives
+        return self.role.kind == 'LA' or self.role.gives or self.role.dp_loss
 
     def transform(self) -> nn.Module:
         return self.attn.attn
@@ -111,6 +111,15 @@ class LessAttention(ScoreAttention, LessProjection):
         inherited = self.inherit()
         scores = self.transform_scores(inherited, self.exchange.grids)
         return self.output(inherited, scores, self.v(value.transpose(0, 1)))
+
+    def from_stock(self, weights: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """As `LessProjection`; what the stock class lacks begins as it was built."""
+        weights = super().from_stock(weights)
+        if self.downsample is not None:
+            self.downsample.reset_parameters()
+            weights.update({f'downsample.{name}': x
+                            for name, x in self.downsample.state_dict().items()})
+        return weights
 
 
 class PVT(Family):

@@ -220,6 +220,11 @@ class LaViT(MapBackbone, BaseModule):
             with_cp=with_cp)
         # Plan
         self.dp_loss = build_dp_loss(dp_loss)
+        require(
+            transform == 'token_mix' or getattr(self.dp_loss, 'form', '') != 'preserve',
+            'dp_loss', dp_loss,
+            f"None, or form='bounded', with transform={transform!r}: the default form is "
+            'a loss on Theta and Psi, which it lacks')
         stages = plan_stages(
             arch,
             out_indices,

@@ -1,6 +1,7 @@
 """Blocks and stages: patches in, then layers that hand their scores on."""
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import repeat
 from typing import Iterator, NamedTuple, Optional, Sequence, Tuple
 
 import torch.nn.functional as F
@@ -60,8 +61,10 @@ def keep_statistics(module: nn.Module) -> Iterator[None]:
     """Batch norms inside count no batch: a recomputed one was counted before."""
     norms = [(x, x.momentum, x.num_batches_tracked) for x in module.modules()
              if isinstance(x, _BatchNorm)]
-    for norm, *_ in norms:
-        norm.momentum, norm.num_batches_tracked = 0., None
+    for norm, _, count in norms:
+        # SyncBN asks for a counter: this one counts a copy.
+        norm.momentum = 0.
+        norm.num_batches_tracked = None if count is None else count.clone()
     try:
         yield
     finally:
@@ -126,6 +129,28 @@ class Block(Observable, nn.Module):
         x = x + self.drop_path(z)
         z = self.ffn(normalise(self.norm2, x, grid), grid)
         return x + self.drop_path(z), scores
+
+
+def require_gradients(kind: str, x: Tensor, inherited: LayerScores,
+                      scores: LayerScores, stage: int) -> None:
+    """Refuses scores that somebody else's recomputation has cut off.
+
+    PyTorch's reentrant checkpoint does not see tensors within tuples: gradients that
+    pass through the scores would be missing without a word.
+
+    Raises:
+        RuntimeError: If they lack the gradients of what they are made of: in 'LA' the
+            inherited scores, in 'VA' the tokens ``x``.
+    """
+    if kind == 'LA':
+        pairs = zip(inherited.tensors(), scores.tensors())
+    else:
+        pairs = zip(repeat(x), LayerScores(scores.own).tensors())
+    if any(source.requires_grad and not made.requires_grad for source, made in pairs):
+        raise RuntimeError(
+            f'LaViT: the scores of a layer of stage {stage} have lost their gradients: '
+            'something recomputes activations around single layers '
+            '(activation_checkpointing): use with_cp=True of the backbone instead')
 
 
 class PatchEmbed(nn.Module):
@@ -206,6 +231,7 @@ class Stage(nn.Module):
                  attn_drop_rate: float, norm_cfg: dict, act_cfg: dict,
                  with_cp: bool) -> None:
         super().__init__()
+        self.number = number
         self.layers = layers
         self.sr_ratio = sr_ratio
         self.max_key_grid = max_key_grid
@@ -267,7 +293,9 @@ class Stage(nn.Module):
         dp_losses = []
         for layer, block in zip(self.layers, self.blocks):
             inherited = sources[layer.source]
+            before = x, inherited
             x, scores = block(x, grids, inherited)
+            require_gradients(layer.kind, *before, scores, self.number)
             sources['layer'] = scores
             if dp_loss is not None and layer.dp_loss:
                 args = scores, grids, inherited, block.attn

@@ -10,7 +10,7 @@ Token tensors are ``(B, N, C)`` with ``N = h * w`` queries, or ``M`` keys; heads
 side by side in ``C``.
 """
 import itertools
-from typing import Iterator, NamedTuple, Optional, Protocol, Tuple
+from typing import Iterator, List, NamedTuple, Optional, Protocol, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -265,6 +265,11 @@ class LayerScores(NamedTuple):
     def device(self) -> torch.device:
         return self.to_next_stage().device
 
+    def tensors(self) -> List[Tensor]:
+        """All that the scores are made of."""
+        return [x for part in self if part is not None for x in part
+                if isinstance(x, Tensor)]
+
     def _each(self, method: str, *args) -> 'LayerScores':
         """Both parts transformed, for every transform is linear."""
         return LayerScores(*(part if part is None else getattr(part, method)
@@ -328,9 +333,17 @@ class AttentionDownsample(nn.Module):
     def __init__(self, in_heads: int, out_heads: int, stride: int) -> None:
         super().__init__()
         self.stride = stride
-        self.depthwise = nn.Parameter(torch.full((in_heads, 1, 3, 3), 1 / 9))
+        self.depthwise = nn.Parameter(torch.empty(in_heads, 1, 3, 3))
+        self.mix = nn.Parameter(torch.empty(out_heads, in_heads))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The mean over the window, and every new head inherits one old head."""
+        self.depthwise.fill_(1 / 9)
+        out_heads, in_heads = self.mix.shape
         source = torch.arange(out_heads) * in_heads // out_heads
-        self.mix = nn.Parameter(F.one_hot(source, in_heads).float())
+        self.mix.copy_(F.one_hot(source, in_heads))
 
     def forward(self, scores: Scores, q_grid: Grid) -> Scores:
         """Scores over the last stage's ``q_grid`` -> over this stage's grid."""

@@ -11,6 +11,7 @@ import torch
 import torch.multiprocessing as mp
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
+from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,6 +19,7 @@ from builders import ARCH, autocast, logged, randomise
 from mmlavit import LaViT
 from mmlavit.models.layers.attend import MAX_BUILT_SCORES
 from mmlavit.models.layers.attention import LessAttention, VanillaAttention
+from mmlavit.models.layers.block import keep_statistics
 from mmlavit.models.layers.mixing import TokenMix
 from mmlavit.analysis.complexity import count_macs
 from mmlavit.models.layers.scores import SCORE_PATHS
@@ -426,6 +428,8 @@ BAD = [
     (dict(act_cfg=dict(type='MaxPool2d', kernel_size=2)), ValueError,
      'act_cfg=', "'GELU'"),
     (dict(dp_loss=True), TypeError, 'dp_loss=True', 'a dict'),
+    (dict(dp_loss=dict(), transform='identity'), ValueError, 'dp_loss={}',
+     "form='bounded', with transform='identity'"),
     (dict(dp_loss=dict(weight=1)), ValueError, "dp_loss={'weight': 1}",
      'loss_weight'),
     (dict(init_cfg='weights.pth'), TypeError, "init_cfg='weights.pth'",
@@ -595,6 +599,36 @@ def test_recomputing_counts_no_batch_twice(options, device):
                 if isinstance(module, nn.BatchNorm2d)} == {.1}
     torch.testing.assert_close(*states)
     assert any(name.endswith('num_batches_tracked') for name in states[0][0])
+
+
+def test_recomputing_leaves_a_counter():
+    """SyncBN asks for one, and runs on GPUs alone."""
+    norm = nn.BatchNorm2d(2)
+    count = norm.num_batches_tracked
+    with keep_statistics(norm):
+        norm(torch.randn(2, 2, 3, 3))
+        assert norm.num_batches_tracked is not None
+    assert norm.num_batches_tracked is count and count == 0
+    assert norm.momentum == .1 and not norm.running_mean.any()
+
+
+@pytest.mark.parametrize('layers', [
+    ['stages.0.blocks.1'], ['stages.2.blocks.1'], ['stages.3.blocks.0']], ids=str)
+def test_recomputation_by_others_is_refused(layers):
+    """It would cut off the gradients that pass through scores."""
+    model = build().train()
+    turn_on_activation_checkpointing(model, layers)
+    with pytest.raises(RuntimeError, match='lost their gradients.* use with_cp=True'):
+        total(model(torch.randn(1, 3, 64, 64))).backward()
+
+
+def test_scores_of_frozen_layers_need_no_gradients():
+    model = build(frozen_stages=0).train()
+    for name, parameter in model.named_parameters():
+        if '.attn.q.' in name or '.attn.kv.' in name:
+            parameter.requires_grad = False
+    total(model(torch.randn(1, 3, 64, 64))).backward()
+    assert model.stages[1].blocks[0].ffn.fc1.weight.grad.any()
 
 
 def ddp_worker(rank: int, port: int, folder: str) -> None:

@@ -37,8 +37,8 @@ def build(name: str, less: bool = True, **kwargs) -> nn.Module:
     module, arguments, options, _ = CLASSES[name]
     importlib.import_module(f'mmlavit.models.backbones.{module}')
     torch.manual_seed(0)
-    return MODELS.build(dict(
-        type=f'LessAttention{name}', **arguments, **(options if less else {}), **kwargs))
+    return MODELS.build({
+        'type': f'LessAttention{name}', **arguments, **(options if less else {}), **kwargs})
 
 
 def stock(name: str, **kwargs) -> nn.Module:
@@ -116,6 +116,32 @@ def ddp_worker(rank: int, port: int, folder: str) -> None:
             torch.save([p.grad for p in model.parameters()],
                        f'{folder}/{name}_{mixing}.pt')
     torch.distributed.destroy_process_group()
+
+
+def test_weights_of_the_stock_class_fit_a_stage_that_begins_with_less_attention():
+    """Whose downsampling the stock class has not: it begins as it was built."""
+    model = build('PVT')
+    downsample = model.layers[3][1][1].attn.attn.downsample
+    initial = {name: x.clone() for name, x in downsample.state_dict().items()}
+    randomise(model)
+    keys = model.load_state_dict(stock('PVT').state_dict())
+    assert not keys.missing_keys
+    assert all(torch.equal(x, initial[name])
+               for name, x in downsample.state_dict().items())
+
+
+def test_the_dp_loss_is_on_layers_whose_scores_nobody_takes():
+    model = build('PVT', num_va_layers=(1, 1, 3, 1),
+                  dp_loss=dict(form='bounded', layers='all')).train()
+    model(torch.randn(1, 3, 64, 64))
+    value = model.dp_loss.take()
+    assert value > 0 and value.requires_grad
+
+
+def test_a_residual_that_cannot_be_is_named():
+    with pytest.raises(ValueError, match=r'attn_residual=True: expected.* layers\.1\.'):
+        build('PVT', attn_residual=True, num_va_layers=(1, 1, 2, 1),
+              sr_ratios=[4, 4, 2, 1])
 
 
 def test_two_processes_give_the_gradients_of_one(tmp_path, free_port):

@@ -12,7 +12,7 @@ from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader, load_checkpoint
 from torch import nn
 
-from ..utils.weights import load_weights as load_fitting
+from ..utils.weights import load_fitting
 
 
 def build_model(config: Config) -> nn.Module:

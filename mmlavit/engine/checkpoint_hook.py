@@ -15,7 +15,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import (BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop,
                              Runner, find_latest_checkpoint)
 
-from ..utils.weights import load_weights
+from ..utils.weights import load_fitting
 from .optim import merge_checkpoint
 from .random_states import (SkippedBatches, begin_workers, get_random_states,
                             set_random_states)
@@ -203,7 +203,7 @@ class CheckpointHook(mmengine.hooks.CheckpointHook):
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module  # with --tta on several GPUs it has both around it
         try:
-            found = load_weights(model, weights)
+            found = load_fitting(model, weights)
         except ValueError as error:  # LaViT's own
             raise ValueError(f'{name}: {error}') from None
         begins = isinstance(runner._train_loop, BaseLoop) and not runner._resume

@@ -48,7 +48,7 @@ def compare_weights(given: Mapping[str, Tensor],
         ])
 
 
-def load_weights(model: nn.Module,
+def load_fitting(model: nn.Module,
                  weights: Mapping[str, Tensor]) -> WeightDifferences:
     """Loads the weights that fit, and says which differ.
 
@@ -68,7 +68,7 @@ def load_weights(model: nn.Module,
         if not wrong & weights.keys():
             return differences
         # Such as a head of other classes. The rest may still be converted.
-        found = load_weights(model, {name: x for name, x in weights.items()
+        found = load_fitting(model, {name: x for name, x in weights.items()
                                      if name not in wrong})
         return found._replace(
             missing=[name for name in found.missing if name not in wrong],

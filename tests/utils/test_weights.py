@@ -7,7 +7,7 @@ from builders import ARCH, stock_pvt
 from mmlavit import LaViT
 from mmlavit.models.backbones.arch import resolve_arch
 from mmlavit.utils.images import image_channels
-from mmlavit.utils.weights import load_weights
+from mmlavit.utils.weights import load_fitting
 
 
 class Classifier(nn.Module):
@@ -29,7 +29,7 @@ def test_converted_weights_fit_beside_a_head_of_other_classes(classes):
     head = nn.Linear(32, classes)
     given = {**{f'backbone.{name}': x for name, x in pvt.items()},
              **{f'head.{name}': x for name, x in head.state_dict().items()}}
-    found = load_weights(model, given)
+    found = load_fitting(model, given)
     own = {f'backbone.{name}' for name in model.backbone.state_dict()}
     assert own <= set(found.fitting)
     assert not found.missing

@@ -97,6 +97,7 @@ optim_wrapper = dict(
         foreach=True),
     paramwise_cfg=dict(bypass_duplicate=True),  # the head's levels share weights
     clip_grad=dict(max_norm=10, norm_type=2))
+auto_scale_lr = dict(base_batch_size=4)
 randomness = dict(seed=0)
 default_hooks = dict(
     logger=dict(interval=25),  # what the demo's bar follows; divides 375

@@ -1,9 +1,17 @@
-"""Small models and batches that several test modules use."""
+"""Small models and batches that several test modules use, and tools as functions."""
+import contextlib
+import gc
+import importlib.util
+import io
 import logging
+import subprocess
+import sys
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Iterator, List
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +19,7 @@ from mmengine.logging import MMLogger
 from mmengine.structures import InstanceData, PixelData
 from torch import nn
 
+ROOT = Path(__file__).parents[1]
 ARCH = dict(
     embed_dims=(8, 16, 24, 32),
     depths=(2, 2, 3, 2),
@@ -240,3 +249,33 @@ def assert_same(ours: dict, theirs: dict) -> None:
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert torch.equal(value, theirs[name]), name
+
+
+def load_tool(name: str, root: Path = ROOT) -> ModuleType:
+    """A tool as a module that other tools can import."""
+    spec = importlib.util.spec_from_file_location(name, root / f'tools/{name}.py')
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_tool(name: str, *argv, root: Path = ROOT) -> subprocess.CompletedProcess:
+    """A tool in this process, which has imported what another would import first."""
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    with mock.patch.object(sys, 'argv', [f'{name}.py', *map(str, argv)]), \
+            contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            load_tool(name, root).main()
+        except SystemExit as end:
+            code = end.code or 0
+            if isinstance(code, str):
+                print(code, file=err)
+                code = 1
+    return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
+
+
+def leave_process_group() -> None:
+    """Ends it, no DDP model left: one is in a cycle, and would keep gloo's threads."""
+    gc.collect()
+    torch.distributed.destroy_process_group()

@@ -1,9 +1,9 @@
 import functools
+import gc
 import importlib.util
 import os
 import re
 import socket
-import subprocess
 import sys
 import threading
 from functools import partial
@@ -14,6 +14,7 @@ import mmengine.config.config
 import mmengine.config.utils
 import pytest
 import torch
+from builders import run_tool
 from mmengine.visualization import Visualizer
 
 # The shell scripts take python from the PATH.
@@ -28,6 +29,13 @@ mmengine.config.utils.load = cached(mmengine.config.utils.load)
 mmengine.config.config.is_installed = cached(mmengine.config.config.is_installed)
 
 
+def pytest_collection_finish() -> None:
+    # mmengine collects garbage for every data set: a quarter of a second, for all that
+    # was imported until now.
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def free_port() -> int:
     with socket.socket() as s:
@@ -39,9 +47,8 @@ def free_port() -> int:
 def digits(tmp_path_factory) -> Path:
     """The embedded data, small; not to be changed."""
     out = tmp_path_factory.mktemp('data') / 'digits'
-    script = Path(__file__).parents[1] / 'tools/make_digits.py'
-    subprocess.run([sys.executable, script, out, '--train', '8', '--val', '4'],
-                   check=True)
+    done = run_tool('make_digits', out, '--train', 8, '--val', 4)
+    assert done.returncode == 0, done.stderr
     return out
 
 

@@ -3,7 +3,7 @@ import warnings
 from typing import Tuple
 
 import torch
-from mmengine.analysis import get_model_complexity_info
+from mmengine.analysis import FlopAnalyzer
 from torch import nn
 
 from ..utils.images import image_channels
@@ -29,7 +29,6 @@ def count_macs(model: nn.Module, size: Tuple[int, int]) -> float:
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter('ignore')  # the tracer's, of sizes it takes as fixed
-            return get_model_complexity_info(
-                model, inputs=(image, ), show_table=False, show_arch=False)['flops']
+            return FlopAnalyzer(model, (image, )).total()
     finally:
         model.train(training)

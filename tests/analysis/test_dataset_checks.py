@@ -1,8 +1,6 @@
 """Whole and broken data of the three toolboxes."""
 import json
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 from mmengine.config import Config
 
+from builders import run_tool
 from mmlavit.analysis.dataset_checks import Balance, check_config
 
 ROOT = Path(__file__).parents[2]
@@ -21,9 +20,8 @@ DIGITS = tuple('0123456789')
 def digits(tmp_path_factory) -> Path:
     """Two images of each class, so that a walk takes no time."""
     out = tmp_path_factory.mktemp('data') / 'digits'
-    subprocess.run(
-        [sys.executable, ROOT / 'tools/make_digits.py', out, '--train', '8',
-         '--val', '4', '--digits', '9', '12'], check=True, capture_output=True)
+    done = run_tool('make_digits', out, '--train', 8, '--val', 4, '--digits', 9, 12)
+    assert done.returncode == 0, done.stderr
     for folder in out.glob('classes/*/*'):
         for path in sorted(folder.iterdir())[2:]:
             path.unlink()

@@ -1,12 +1,10 @@
 """The scans, and the data sets that are made of them."""
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
 
+from builders import run_tool
 from mmlavit.analysis.digits import split_digits
 
 
@@ -17,6 +15,13 @@ def test_digits_of_the_validation_set_are_held_out():
     assert len(train) + len(val) == 1797
     assert not train & val
     assert set(scans['val'][1]) == set(range(10))
+
+
+def normal(scan: np.ndarray) -> np.ndarray:
+    """What is on a scan, in one size."""
+    rows, columns = (np.flatnonzero((scan > .4).any(axis)) for axis in (1, 0))
+    scan = scan[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+    return cv2.resize(scan.astype(np.float32), (12, 12)).ravel()
 
 
 def digit_of_the_bars_colour(image: np.ndarray, scans: np.ndarray,
@@ -32,26 +37,20 @@ def digit_of_the_bars_colour(image: np.ndarray, scans: np.ndarray,
     rows, columns = (np.flatnonzero(found[cell].any(axis)) for axis in (1, 0))
     digit = found[cell][rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
 
-    def normal(scan):
-        rows, columns = (np.flatnonzero((scan > .4).any(axis)) for axis in (1, 0))
-        scan = scan[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
-        return cv2.resize(scan.astype(np.float32), (12, 12)).ravel()
-
-    distances = [np.abs(normal(digit) - normal(scan)).sum() for scan in scans]
+    distances = [np.abs(normal(digit) - scan).sum() for scan in scans]
     return labels[np.argmin(distances)]
 
 
 def test_the_class_is_the_digit_of_the_bars_colour(tmp_path):
     out = tmp_path / 'cued'
-    command = [sys.executable, Path(__file__).parents[2] / 'tools/make_cued_digits.py',
-               out, '--train', '12', '--val', '40']
-    subprocess.run(command, check=True)
+    command = 'make_cued_digits', out, '--train', 12, '--val', 40
+    assert run_tool(*command).returncode == 0
     assert len(list(out.glob('train/*/*.png'))) == 12
-    scans = split_digits(np.random.default_rng(0))['val']
+    scans, labels = split_digits(np.random.default_rng(0))['val']
+    scans = [normal(scan) for scan in scans]
     files = list(out.glob('val/*/*.png'))
-    right = sum(digit_of_the_bars_colour(cv2.imread(str(file)), *scans)
+    right = sum(digit_of_the_bars_colour(cv2.imread(str(file)), scans, labels)
                 == int(file.parent.name) for file in files)
     assert len(files) == 40 and right >= 34  # small digits are hard to read
-    assert 'already there' in subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert 'already there' in run_tool(*command).stdout
     assert json.loads((out / 'dataset.json').read_text())['size'] == 64

@@ -1,14 +1,14 @@
 """tools/make_metafiles.py and what it wrote."""
 import functools
-import importlib.util
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from modelindex.load_model_index import load  # as mim reads it
+
+from builders import load_tool, run_tool
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = yaml.safe_load((ROOT / 'configs/published.yml').read_text())
@@ -22,9 +22,7 @@ COLUMNS = {
 
 
 def make(root: Path, *args) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, root / 'tools/make_metafiles.py', *args], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return run_tool('make_metafiles', *args, root=root)
 
 
 @functools.lru_cache(maxsize=None)
@@ -60,10 +58,7 @@ def copy(tmp_path):
 
 
 def test_no_metafile_is_stale():
-    spec = importlib.util.spec_from_file_location(
-        'make_metafiles', ROOT / 'tools/make_metafiles.py')
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool('make_metafiles')
     for name, content in tool.make_files(PUBLISHED).items():
         assert (ROOT / name).read_text() == tool.as_text(content), (
             f'{name} is stale: run python tools/make_metafiles.py')
@@ -99,10 +94,9 @@ def test_what_was_trained_here_stands_apart_from_the_published(copy):
 
 
 def test_figures_that_would_stand_nowhere_are_an_error(copy):
-    done = make(copy(trained=dict(top5=90.)))
-    assert done.returncode == 1
-    assert ("LaViT-T: trained has ['top5']; expected weights and some of ['top1']"
-            in done.stderr)
+    with pytest.raises(ValueError, match=r"LaViT-T: trained has \['top5'\]; expected "
+                       r"weights and some of \['top1'\]"):
+        make(copy(trained=dict(top5=90.)))
 
 
 def test_every_row_with_a_config_is_a_model():

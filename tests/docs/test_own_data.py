@@ -1,10 +1,8 @@
 """docs/own_data.md followed with made digits in the place of one's own data."""
-import importlib.util
 import re
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
 from unittest import mock
 
 import pytest
@@ -13,6 +11,7 @@ from mmengine.config import Config
 from mmengine.visualization import Visualizer
 from mmseg.visualization import SegLocalVisualizer
 
+from builders import load_tool
 from mmlavit import launch
 from mmlavit.engine.safe_loading import load_from_local
 
@@ -88,13 +87,6 @@ def follow(config: Path, capsys) -> str:
                 launch.main(name)
         Visualizer._instance_dict.clear(), SegLocalVisualizer._instance_dict.clear()
     return capsys.readouterr().out
-
-
-def load_tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / f'tools/{name}.py')
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool
 
 
 def write_config(kind: str, data: Path) -> Path:

@@ -1,6 +1,6 @@
 """Exported files against the models they were made of, at sizes never seen."""
 import contextlib
-import importlib.util
+import importlib
 import io
 import json
 import logging
@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from unittest import mock
 
 import cv2
@@ -21,7 +20,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import nn
 
-from builders import digits_config, randomise
+from builders import digits_config, load_tool, randomise
 from mmlavit import LaViT
 from mmlavit.analysis.building import build_model
 from mmlavit.models.layers.grid import region_means
@@ -66,14 +65,6 @@ class Bare(parts.Part):
 def as_onnx(part: parts.Part, path: Path) -> Path:
     programs.to_onnx(programs.export_program(part), part, path)
     return path
-
-
-def load_tool(name: str) -> ModuleType:
-    """A tool as a module that other tools can import."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / f'tools/{name}.py')
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 TOOLS = {name: load_tool(name) for name in ('infer_onnx', 'export', 'infer')}

@@ -1,5 +1,4 @@
 """The demo's screen, and its choice of threads."""
-import importlib.util
 import json
 import os
 import subprocess
@@ -8,18 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from builders import load_tool
+
 ROOT = Path(__file__).parents[2]
 
 
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(
-        name, ROOT / f'tools/{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-demo = load('demo')
+demo = load_tool('demo')
 
 
 @pytest.fixture
@@ -146,7 +139,7 @@ def test_warm_up_is_not_timed_and_slow_machines_take_fewer_steps(
     def step() -> None:
         now.append(now[-1] + next(durations))
 
-    assert load('demo_step_time').mean_time(
+    assert load_tool('demo_step_time').mean_time(
         step, 5, limit, lambda: now[-1]) == mean
     assert len(now) == steps + 1
 

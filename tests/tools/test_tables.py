@@ -1,5 +1,4 @@
 """tools/tables.py, run as users run it."""
-import importlib.util
 import json
 import os
 import subprocess
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from builders import load_tool
 from mmlavit.analysis import small_tables
 
 ROOT = Path(__file__).parents[2]
@@ -79,9 +79,7 @@ def test_results_that_belong_to_no_row_are_named(item, named, tmp_path):
 
 
 def test_a_small_training_that_fails_leaves_a_gap(tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location('tables', ROOT / 'tools/tables.py')
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool('tables')
     asked = []
 
     def train(configs, out, task, network, seed):

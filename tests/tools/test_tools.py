@@ -12,6 +12,7 @@ import cv2
 import pytest
 from mmengine.config import Config
 
+from builders import run_tool
 from mmlavit import launch
 from mmlavit.engine.safe_loading import load_from_local
 
@@ -78,32 +79,28 @@ def test_every_second_class_of_tiny_imagenet(tmp_path):
 
 def test_digits_fit_images_of_any_size(tmp_path):
     out = tmp_path / 'small'
-    run(sys.executable, 'tools/make_digits.py', out, '--train', '2', '--val',
-        '2', '--size', '64')
+    run_tool('make_digits', out, '--train', 2, '--val', 2, '--size', 64)
     assert cv2.imread(str(out / 'images/val/00001.png')).shape == (64, 64, 3)
-    report = run(sys.executable, 'tools/make_digits.py', out, '--size', '20',
-                 check=False)
-    assert '--size 20: at least 64' in report
+    assert '--size 20: at least 64' in run_tool('make_digits', out, '--size', 20).stderr
 
 
 def test_digits_are_reproducible_and_nothing_else_is_overwritten(
         digits, tmp_path):
-    args = ('tools/make_digits.py', '--train', '8', '--val', '4')
+    args = 'make_digits', '--train', 8, '--val', 4
     again = tmp_path / 'again'
-    run(sys.executable, *args, again)
+    assert run_tool(*args, again).returncode == 0
     for name in ('images/train/00007.png', 'masks/val/00003.png',
                  'annotations/val.json'):
         assert (again / name).read_bytes() == (digits / name).read_bytes()
-    assert 'already there' in run(sys.executable, *args, again)
+    assert 'already there' in run_tool(*args, again).stdout
 
     for name in ('mine', 'again.part'):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'file').write_text('x')
-    run(sys.executable, *args, '--seed', '1', again)
+    assert run_tool(*args, '--seed', 1, again).returncode == 0
     assert (tmp_path / 'again.part/file').read_text() == 'x'
     assert sorted(os.listdir(tmp_path)) == ['again', 'again.part', 'mine']
-    assert 'name another folder' in run(
-        sys.executable, *args, tmp_path / 'mine', check=False)
+    assert 'name another folder' in run_tool(*args, tmp_path / 'mine').stderr
     assert (tmp_path / 'mine/file').read_text() == 'x'
 
 

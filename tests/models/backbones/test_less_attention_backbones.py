@@ -11,7 +11,7 @@ from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from builders import authors_names, logged, randomise
+from builders import authors_names, leave_process_group, logged, randomise
 from mmlavit import DiagonalityPreservingLoss
 
 VIT = dict(embed_dims=12, num_layers=4, num_heads=3, feedforward_channels=24)
@@ -115,7 +115,8 @@ def ddp_worker(rank: int, port: int, folder: str) -> None:
         if rank == 0:
             torch.save([p.grad for p in model.parameters()],
                        f'{folder}/{name}_{mixing}.pt')
-    torch.distributed.destroy_process_group()
+    del model
+    leave_process_group()
 
 
 def test_weights_of_the_stock_class_fit_a_stage_that_begins_with_less_attention():

@@ -66,7 +66,10 @@ def valid_arguments(draw) -> dict:
             stride + 1 - stride % 2 + 2 * draw(st.integers(0, 1))
             for stride in strides
         ])
-    has_la = any(va < depth for va, depth in zip(va_layers, depths))
+    transform = draw(st.sampled_from(TRANSFORMS))
+    losses = [None]
+    if any(va < depth for va, depth in zip(va_layers, depths)):
+        losses += [dict(form='paper')] + [dict()] * (transform == 'token_mix')
     return dict(
         arch=arch,
         sr_ratios=ratios[::-1],
@@ -78,7 +81,7 @@ def valid_arguments(draw) -> dict:
         max_query_grid=draw(st.integers(1, 14)),
         max_key_grid=draw(st.none() | st.integers(1, 20)),
         value_reduction=draw(st.sampled_from(VALUE_REDUCTIONS)),
-        transform=draw(st.sampled_from(TRANSFORMS)),
+        transform=transform,
         mixing=draw(st.sampled_from(MIXINGS)),
         mixing_rank=draw(st.integers(1, 20)),
         trunk_norm=draw(st.none() | st.booleans()),
@@ -92,8 +95,7 @@ def valid_arguments(draw) -> dict:
             ])),
         act_cfg=draw(
             st.sampled_from([dict(type='GELU'), dict(type='ReLU')])),
-        dp_loss=draw(st.sampled_from([None, dict(), dict(form='paper')]))
-        if has_la else None,
+        dp_loss=draw(st.sampled_from(losses)),
         frozen_stages=draw(st.integers(-1, stages - 1)),
         with_cp=draw(st.booleans()))
 

@@ -14,7 +14,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS, init_default_scope
 from torch.nn.parallel import DistributedDataParallel
 
-from builders import ARCH, BATCHES, randomise
+from builders import ARCH, BATCHES, leave_process_group, randomise
 from mmlavit import DiagonalityPreservingLoss, LaViT
 from mmlavit.analysis import observe_layers
 from mmlavit.models.layers.attention import LessAttention
@@ -410,7 +410,8 @@ def ddp_worker(rank: int, port: int, folder: str) -> None:
     sum(ddp(x[rank::2], mode='loss').values()).backward()
     if rank == 0:
         torch.save([p.grad for p in ddp.parameters()], f'{folder}/grads.pt')
-    torch.distributed.destroy_process_group()
+    del ddp
+    leave_process_group()
 
 
 def test_two_processes_give_the_gradients_of_one(tmp_path, free_port):

@@ -2,6 +2,7 @@ import functools
 import gc
 import importlib.util
 import os
+import random
 import re
 import socket
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import mmengine.config.config
 import mmengine.config.utils
+import numpy as np
 import pytest
 import torch
 from builders import run_tool
@@ -77,6 +79,8 @@ def device(request) -> str:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)
     torch.manual_seed(0)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from mmlavit.analysis import benchmark
 from mmlavit.analysis.benchmark import (MODES, Workload, compare, compare_modes,
                                         comparison_rows, fastest, find_layer,
                                         mode_rows)
@@ -176,3 +177,19 @@ def test_a_model_that_fails_in_one_mode_has_an_empty_cell_there(capsys):
 def test_the_tool_knows_every_mode():
     text = (ROOT / 'tools/benchmark.py').read_text()
     assert all(f"'{mode}'" in text for mode in MODES)
+
+
+def test_ratios_are_of_speeds(monkeypatch):
+    """With known times: the second model takes half as long, bfloat16 a quarter."""
+    def time(steps, *args):
+        return {key: [{'a': 4., 'b': 2.}[key[1]] * {'one': 1., 'two': .25}[key[0]]] * 3
+                for key in steps}
+
+    monkeypatch.setattr(benchmark, 'time_in_turn', time)
+    modes = {name: SMALL._replace(layout='contiguous') for name in ('one', 'two')}
+    results = compare_modes(['a', 'b'], lambda name: nn.Conv2d(3, 1, 1), modes,
+                            rounds=3, warmup=0, macs=False)
+    one, two = results['one'], results['two']
+    assert (one['a']['ratio'], one['b']['ratio'], two['b']['ratio']) == (1, 2, 2)
+    assert (one['b']['gain'], two['a']['gain'], two['b']['gain']) == (1, 4, 4)
+    assert (one['b']['ms'], one['b']['images_per_s']) == (2000, 1)

@@ -15,6 +15,7 @@ from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import METRICS
 from mmengine.runner.loops import _InfiniteDataloaderIterator
 
+from mmlavit.engine import checkpoint_hook
 from mmlavit.engine.checkpoint_hook import CheckpointHook
 from mmlavit.engine.optim import merge_checkpoint
 from mmlavit.engine.random_states import get_random_states, set_random_states
@@ -199,3 +200,13 @@ def test_other_groups_are_refused(before, now, paramwise, named):
         merge_checkpoint(checkpoint, optim_wrapper(now))
     assert named in str(error.value)
     assert 'resume with the optim_wrapper it began with' in str(error.value)
+
+
+def test_each_rank_gets_its_own_random_states(digits, tmp_path, monkeypatch):
+    runner = make_runner(digits_config(digits), tmp_path)
+    hook = next(x for x in runner.hooks if isinstance(x, CheckpointHook))
+    monkeypatch.setattr(checkpoint_hook, 'get_world_size', lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(checkpoint_hook, 'get_rank', lambda: rank)
+        hook._prepare_to_resume(runner, 'x.pth', dict(random_states=['first', 'second']))
+        assert hook.states_to_resume == ['first', 'second'][rank]

@@ -666,3 +666,18 @@ def test_help_waits_for_no_torch(tool):
     text = run_without_torch(f'tools/{tool}.py', '--help')
     options = text.split('options:')[1].split('\n  --')[1:]
     assert options and all('default:' in option for option in options)
+
+
+@pytest.mark.parametrize('difference, output, message', [
+    (2e-4, 'map1', 'x.onnx: map1 at (2, 64, 96): differs by 2.0e-04, expected at most'),
+    (math.nan, 'map1', 'differs by nan'), (0., 'dets, 0 boxes', 'no box was found'),
+    (1e-5, 'map1', None)])
+def test_differences_end_the_tool_with_an_error(difference, output, message, monkeypatch):
+    monkeypatch.setattr(verify, 'largest_differences', lambda *args, **kwargs: [
+        dict(size=(2, 64, 96), difference=difference, output=output)])
+    arguments = None, Path('x.onnx'), 'onnxruntime', 1e-4, 1.
+    if message is None:
+        TOOLS['export'].verify(*arguments)
+    else:
+        with pytest.raises(SystemExit, match=re.escape(message)):
+            TOOLS['export'].verify(*arguments)

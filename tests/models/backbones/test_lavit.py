@@ -282,6 +282,16 @@ def test_residual_is_optional_and_the_twin_has_no_less_attention():
     assert inherits == [False, False, False, True]
 
 
+@pytest.mark.parametrize('arch, heads', [
+    ('nano', (1, 2, 4, 6)), ('tiny', (1, 2, 5, 7)), ('small', (1, 2, 5, 7)),
+    ('base', (1, 2, 5, 7)), ('pvtv2_b2', (1, 2, 5, 8))])
+def test_heads_of_the_presets(arch, heads):
+    """Which parameters and multiply-adds hardly depend on."""
+    with torch.device('meta'):
+        model = LaViT(arch)
+    assert tuple(stage.blocks[0].attn.num_heads for stage in model.stages) == heads
+
+
 def test_layers_are_vanilla_first_then_less():
     model = build()
     for stage, vanilla in zip(model.stages, ARCH['num_va_layers']):

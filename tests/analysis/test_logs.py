@@ -18,6 +18,6 @@ def test_a_validation_is_found_by_its_step(tmp_path):
     log.write_text('\n'.join(map(json.dumps, (
         {'acc': 1., 'time': .1, 'data_time': .2, 'step': 1}, {'acc': 2., 'step': 2},
         {'loss': 3., 'step': 2}, {'acc': 4., 'step': 3}))))
-    assert read_validation(tmp_path, 1) == dict(acc=1., step=1)
-    assert read_validation(tmp_path, 2) == dict(acc=2., step=2)
+    assert read_validation(tmp_path, 1) == dict(acc=1.)
+    assert read_validation(tmp_path, 2) == dict(acc=2.)
     assert read_validation(tmp_path, 9) == {}

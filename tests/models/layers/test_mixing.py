@@ -45,11 +45,16 @@ def test_re_attention_layer_is_its_formula_and_starts_as_the_identity():
     torch.testing.assert_close(out, expected)
 
 
+BOUNDED = dict(form='bounded')
+
+
 @pytest.mark.parametrize('options', [
-    dict(transform='token_mix'), dict(transform='identity'),
-    dict(transform='re_attention'), dict(mixing='low_rank', mixing_rank=3)])
+    dict(transform='token_mix', dp_loss=dict()),
+    dict(transform='identity', dp_loss=BOUNDED),
+    dict(transform='re_attention', dp_loss=BOUNDED),
+    dict(mixing='low_rank', mixing_rank=3, dp_loss=dict())])
 def test_every_transform_trains_with_dp_loss_and_no_unused_parameters(options):
-    model = small_lavit(**options, dp_loss=dict()).train()
+    model = small_lavit(**options).train()
     outs = model(torch.rand(2, 3, 64, 80))
     (sum(out.square().mean() for out in outs) + model.dp_loss.take()).backward()
     assert all(p.grad is not None for p in model.parameters())

@@ -251,22 +251,23 @@ def assert_same(ours: dict, theirs: dict) -> None:
         assert torch.equal(value, theirs[name]), name
 
 
-def load_tool(name: str, root: Path = ROOT) -> ModuleType:
+def load_tool(name: str, root: Path = ROOT, folder: str = 'tools') -> ModuleType:
     """A tool as a module that other tools can import."""
-    spec = importlib.util.spec_from_file_location(name, root / f'tools/{name}.py')
+    spec = importlib.util.spec_from_file_location(name, root / folder / f'{name}.py')
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def run_tool(name: str, *argv, root: Path = ROOT) -> subprocess.CompletedProcess:
+def run_tool(name: str, *argv, root: Path = ROOT,
+             folder: str = 'tools') -> subprocess.CompletedProcess:
     """A tool in this process, which has imported what another would import first."""
     out, err = io.StringIO(), io.StringIO()
     code = 0
     with mock.patch.object(sys, 'argv', [f'{name}.py', *map(str, argv)]), \
             contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            load_tool(name, root).main()
+            load_tool(name, root, folder).main()
         except SystemExit as end:
             code = end.code or 0
             if isinstance(code, str):

@@ -7,7 +7,6 @@ import importlib.util
 import inspect
 import io
 import itertools
-import os
 import re
 import shlex
 import subprocess
@@ -21,6 +20,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
+from builders import run_tool
 from mmlavit import LaViT, launch
 from mmlavit.analysis.building import build_model
 from mmlavit.launch import translate_for_mmseg
@@ -99,9 +99,8 @@ def options(script: str, *arguments: str) -> Set[str]:
             launch.main(task)
         text = out.getvalue()
     else:
-        text = subprocess.run(
-            [sys.executable, *argv], check=True, text=True, capture_output=True,
-            env={**os.environ, 'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}'}).stdout
+        text = run_tool(task, *arguments, '--help', folder=Path(script).parent).stdout
+        assert text, f'{script} --help prints nothing'
     return set(re.findall(r'--[\w-]+', text))
 
 

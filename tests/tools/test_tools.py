@@ -162,16 +162,25 @@ def test_config_is_found_behind_resume_and_below_odd_folders(tmp_path):
         sys.executable, 'tools/train.py', config, check=False)
 
 
-def test_wrong_configs_are_named(tmp_path):
+def refused(task: str, *argv) -> str:
+    """With what tools/train.py or tools/test.py ends at once, in this process."""
+    with mock.patch.object(sys, 'argv', [f'tools/{task}.py', *map(str, argv)]), \
+            pytest.raises(SystemExit) as end:
+        launch.main(task)
+    return end.value.code
+
+
+def test_wrong_configs_are_named(tmp_path, capsys):
     config = tmp_path / 'c.py'
     config.write_text("default_scope = 'mmpose'")
-    report = run(sys.executable, 'tools/train.py', config, check=False)
+    report = refused('train', config)
     assert "default_scope='mmpose'" in report and "'mmdet'" in report
     options = ('--cfg-options', 'val_evaluator.ann_file=x.json', '--launcher',
                'none')
-    again = run(sys.executable, 'tools/train.py', *options, config, check=False)
-    assert again == report
-    report = run(sys.executable, 'tools/test.py', check=False)
+    assert refused('train', *options, config) == report
+    assert refused('train', tmp_path / 'x.py') == f'{tmp_path}/x.py: no such config'
+    assert refused('test') == 2
+    report = capsys.readouterr().out
     assert 'usage' in report and 'CHECKPOINT' in report
 
 

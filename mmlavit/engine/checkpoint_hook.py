@@ -94,7 +94,7 @@ class CheckpointHook(mmengine.hooks.CheckpointHook):
         name = re.compile(r'(\d+)'.join(
             map(re.escape, re.split(r'\{[^}]*\}', self.filename_tmpl))))
         # Numbers alone: a published file has a hash there.
-        found = sorted((int(match[1]), path) for path in here.iterdir()
+        found = sorted(([*map(int, match.groups())], path) for path in here.iterdir()
                        if (match := name.fullmatch(path.name)))
         whole = [str(path) for _, path in found if zipfile.is_zipfile(path)]
         if whole:

@@ -1,6 +1,7 @@
 import functools
 import gc
 import importlib.util
+import logging
 import os
 import random
 import re
@@ -90,6 +91,14 @@ def own_visualizers():
     yield
     for kind in (Visualizer, *Visualizer.__subclasses__()):
         kind._instance_dict.clear()
+
+
+@pytest.fixture(autouse=True)
+def own_log_level():
+    """Tools that run in this process quieten the logs for the rest of it."""
+    before = logging.root.manager.disable
+    yield
+    logging.disable(before)
 
 
 # What an environment made with TOOLBOXES=mmpretrain lacks; elsewhere nothing.

@@ -7,8 +7,8 @@
     python tools/benchmark.py configs/retinanet_lavit_s_coco.py \\
         configs/baselines/retinanet_pvtv2-b2_coco.py --whole --size 800 1344 --batch-size 1
 
-Models are measured in turn, round by round, so that a change of the machine's speed
-meets all of them; warm-up rounds are not counted. Prints medians, their spread and
+Models are measured in turn, round by round, so that a machine that slows down
+slows all of them; warm-up rounds are not counted. Prints medians, their spread and
 each model's speed over the first one's (the median of the rounds' ratios, and their
 10th and 90th percentile) in Markdown, and writes JSON, CSV and a plot. MODEL is the
 path of a config whose backbone is taken, a registered class with its arguments, as
@@ -133,7 +133,7 @@ def parse_args() -> argparse.Namespace:
         'e.g. --scaling')
     parser.add_argument(
         '--profile', action='store_true',
-        help='also the operators that each model spends time in; default: not; '
+        help='also the operators that each model spends time in; default: off; '
         'e.g. --profile')
     parser.add_argument(
         '--rounds', type=int, default=10, metavar='N',

@@ -4,8 +4,8 @@
     python tools/benchmark_export.py LaViT-S --runtimes eager openvino --size 640 640
 
 Exports LaViT for any size, and other models for the size that is measured. Then all
-models take turns in all runtimes, round by round, so that a change of the machine's speed
-meets all of them. PyTorch's tensors have its default layout. Prints a Markdown table:
+models take turns in all runtimes, round by round, so that a machine that slows down
+slows all of them. PyTorch's tensors have its default layout. Prints a Markdown table:
 median milliseconds of a batch, their 10th and 90th percentile, and the speed over eager
 PyTorch in the same precision (int8: over float32), the median of the rounds' ratios.
 MODEL is as for tools/benchmark.py: one of its names, a config, or a class.

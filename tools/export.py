@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
         '--verify', action='store_true',
         help='compare the file with the model at four other sizes, and exit with 1 '
         f'beyond {TOLERANCES["float32"][0]} of the largest value '
-        f'({TOLERANCES["half"][0]} with --half); default: not; e.g. --verify')
+        f'({TOLERANCES["half"][0]} with --half); default: off; e.g. --verify')
     parser.add_argument(
         '--runtime', choices=('onnxruntime', 'openvino'),
         help='what --verify runs an ONNX file with; default: onnxruntime; '

@@ -42,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--annotations', type=Path, metavar='JSON',
         help="COCO's; prints the average precision of a detector, by pycocotools; "
-        'default: not; e.g. --annotations data/digits/annotations/val.json')
+        'default: off; e.g. --annotations data/digits/annotations/val.json')
     args = parser.parse_args()
     for path in (args.model, args.images, args.annotations):
         if path is not None and not path.exists():

@@ -56,7 +56,7 @@ def parse_args() -> argparse.Namespace:
                         'the test, 0 for none; default: %(default)s; e.g. --rounds 50')
     parser.add_argument('--control', action='store_true',
                         help='also fine-tune the stock model as long, to compare with; '
-                        'default: not; e.g. --control')
+                        'default: off; e.g. --control')
     parser.add_argument('--seed', type=int, metavar='N',
                         help='of the random numbers of all runs, so that they can be '
                         "repeated; default: the config's, if it has one; e.g. --seed 0")

@@ -80,13 +80,13 @@ def parse_args() -> argparse.Namespace:
         help='folder that is written to; default: %(default)s; e.g. --out tables')
     parser.add_argument(
         '--run', action='store_true',
-        help='train what is not complete; default: not; e.g. --run')
+        help='train what is not complete; default: off; e.g. --run')
     parser.add_argument(
         '--gpus', type=int, default=8, metavar='N',
         help='of a training; default: %(default)s; e.g. --gpus 4')
     parser.add_argument(
         '--train-args', nargs=argparse.REMAINDER, default=[],
-        help='the rest of the line, for tools/train.py; default: nothing; e.g. '
+        help='the rest of the line, for tools/train.py; default: none; e.g. '
         '--train-args --amp')
     args = parser.parse_args()
     for item in args.result + args.result_ms:
@@ -155,14 +155,19 @@ def small(only: str, tasks: Sequence[str], seeds: Sequence[int], out: Path,
             failed.append(f'{title}: {error}')
             tqdm.write(failed[-1])
     rows = [make_row(configs, name, tasks, scores) for name in networks]
-    text = (f'{describe(configs, tasks)}; from scratch, seeds '
+    text = (f'{describe(tasks)}; from scratch, seeds '
             f'{" ".join(map(str, seeds))}.\n\n{markdown_table(rows)}\n')
     # A part of the table does not take the place of the whole.
     part = [*(tasks if len(tasks) < len(TABLES) else []), *(only.split() if only else [])]
     name = '_'.join(['small', *part])
     (out / f'{name}.md').write_text(text)
     write_csv(rows, out / f'{name}.csv')
-    print(f'\n{text}\nwritten to {out / name}.md and .csv')
+    each = [dict(task=task, network=network, seed=seed, score=f'{score:.2f}')
+            for (task, network, seed), score in scores.items()]
+    if each:
+        write_csv(each, out / f'{name}_scores.csv')
+    print(f'\n{text}\nwritten to {out / name}.md and .csv, the score of each training '
+          f'to {name}_scores.csv')
     if failed:
         sys.exit('\n'.join(['not complete:', *failed]))
 

@@ -44,7 +44,7 @@ def time_in_turn(steps: Dict[str, Step], rounds: int, warmup: int, device: str,
                  title: str = '', quiet: bool = False) -> Dict[str, List[float]]:
     """Seconds of every step in every round.
 
-    The steps take turns, so that a change of the machine's speed meets all of them.
+    The steps take turns, so that a machine that slows down slows all of them.
 
     Args:
         steps (dict[str, Callable]): What is timed, by name.

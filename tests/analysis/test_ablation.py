@@ -48,6 +48,8 @@ def test_grid_is_trained_once_resumed_and_summarised(grid, monkeypatch):
         # In this process: one that starts takes longer than the training.
         config = Config.fromfile(arguments[0])
         config.work_dir = str(arguments[arguments.index('--work-dir') + 1])
+        # Else two that begin in the same second share their log.
+        config.experiment_name = str(len(tasks))
         if task == 'train':
             config.resume = True
             Runner.from_cfg(config).train()

@@ -1,7 +1,6 @@
 """Our tools as users run them: help, wrong arguments, and what they write."""
 import csv
 import json
-import logging
 import re
 import runpy
 import shutil
@@ -223,10 +222,7 @@ def test_analysis_of_pvt_and_swin_with_less_attention(images, tmp_path, monkeypa
         out = tmp_path / str(len(args))
         argv = ['analyze_attention', *args, '--out', out, *options]
         monkeypatch.setattr(sys, 'argv', [str(arg) for arg in argv])
-        try:
-            runpy.run_path(str(ROOT / 'tools/analyze_attention.py'), run_name='__main__')
-        finally:
-            logging.disable(logging.NOTSET)
+        runpy.run_path(str(ROOT / 'tools/analyze_attention.py'), run_name='__main__')
         assert cv2.imread(str(out / 'similarity.png')).std() > 10
         assert cv2.imread(str(out / 'features.png')).std() > 10
         assert (out / 'attention.png').exists() == (pvt[0] in args)

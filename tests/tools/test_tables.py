@@ -103,3 +103,7 @@ def test_a_small_training_that_fails_leaves_a_gap(tmp_path, monkeypatch, capsys)
     assert [[cell.strip() for cell in row] for row in cells] == [
         ['PVT', '52.0'], ['PVTv2-B0', '51.5 ± 0.7']]
     assert table in capsys.readouterr().out
+    scores = (tmp_path / 'small/small_classification_PVT_scores.csv').read_text()
+    assert scores.splitlines()[1:] == ['classification,PVTv2-B0,1,51.00',
+                                       'classification,PVT,2,52.00',
+                                       'classification,PVTv2-B0,2,52.00']

@@ -68,6 +68,14 @@ def test_all_va_presets_compute_what_mmdets_class_computes(name):
     assert largest_difference(model, stock) < 1e-12
 
 
+def test_the_twin_of_lavit_n_is_a_pvtv2():
+    """So its accuracy is that of a PVTv2 of LaViT-N's widths and depths."""
+    arch = dict(ARCHS['nano'], mlp_ratios=(4, 4, 4, 4))
+    stock, model = stock_pvt(arch), all_va(arch, attn_residual=False)
+    model.load_state_dict(stock.state_dict())
+    assert largest_difference(model, stock) < 1e-12
+
+
 def test_the_authors_names_give_the_same():
     stock, model = stock_pvt(SMALL), all_va(SMALL)
     weights = authors_names(stock.state_dict())

@@ -54,12 +54,10 @@ def make_once(args: Namespace, script: str, write: Callable[[Path], None]) -> No
     settings = json.loads(json.dumps(
         {name: value for name, value in vars(args).items() if name != 'out'}))
     settings['generator'] = zlib.crc32(Path(script).read_bytes())
-    stamp = out / STAMP
-    if stamp.is_file():
-        if json.loads(stamp.read_text()) == settings:
-            print(f'{out} is already there.')
-            return
-    elif out.exists() and any(out.iterdir()):
+    if is_made(out, settings):
+        print(f'{out} is already there.')
+        return
+    if out.exists() and any(out.iterdir()) and not (out / STAMP).is_file():
         sys.exit(f'{out} holds something else: name another folder.')
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory('.part', f'{out.name}.', out.parent) as folder:
@@ -67,6 +65,14 @@ def make_once(args: Namespace, script: str, write: Callable[[Path], None]) -> No
         part.mkdir()
         write(part)
         (part / STAMP).write_text(json.dumps(settings))
-        shutil.rmtree(out, ignore_errors=True)
-        part.rename(out)
+        # Another process may have made it meanwhile, and be reading it.
+        if not is_made(out, settings):
+            shutil.rmtree(out, ignore_errors=True)
+            part.rename(out)
     print(f'Wrote {out}: {args.train} + {args.val} images.')
+
+
+def is_made(out: Path, settings: dict) -> bool:
+    """Whether a folder has the data set of these settings."""
+    stamp = out / STAMP
+    return stamp.is_file() and json.loads(stamp.read_text()) == settings

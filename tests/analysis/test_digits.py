@@ -1,11 +1,12 @@
 """The scans, and the data sets that are made of them."""
 import json
+from argparse import Namespace
 
 import cv2
 import numpy as np
 
 from builders import run_tool
-from mmlavit.analysis.digits import split_digits
+from mmlavit.analysis.digits import make_once, split_digits
 
 
 def test_digits_of_the_validation_set_are_held_out():
@@ -54,3 +55,18 @@ def test_the_class_is_the_digit_of_the_bars_colour(tmp_path):
     assert len(files) == 40 and right >= 34  # small digits are hard to read
     assert 'already there' in run_tool(*command).stdout
     assert json.loads((out / 'dataset.json').read_text())['size'] == 64
+
+
+def test_what_another_process_made_meanwhile_stays(tmp_path):
+    args = Namespace(out=tmp_path / 'data', train=1, val=1)
+
+    def write(folder, by='the other'):
+        (folder / 'image').write_text(by)
+
+    def write_late(folder):
+        make_once(args, __file__, write)
+        write(folder, 'this')
+
+    make_once(args, __file__, write_late)
+    assert (tmp_path / 'data/image').read_text() == 'the other'
+    assert list(tmp_path.iterdir()) == [tmp_path / 'data']

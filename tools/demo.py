@@ -282,7 +282,7 @@ def run_full(verbose: bool) -> None:
     work_dir = Path('work_dirs/demo')
     remove_other(work_dir)
     steps = start(work_dir, verbose)
-    steps.begin(f'3/5 Training {CONFIG} (5 to 15 minutes on 2 CPU cores)')
+    steps.begin(f'3/5 Training {CONFIG} (7 to 18 minutes on 2 CPU cores)')
     train(steps, work_dir, {})
     steps.begin('4/5 Testing the checkpoint on held-out images (half a minute)')
     test(steps, work_dir, {})

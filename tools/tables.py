@@ -164,7 +164,7 @@ def small(only: str, tasks: Sequence[str], seeds: Sequence[int], out: Path,
     write_csv(rows, out / f'{name}.csv')
     each = [dict(task=task, network=network, seed=seed, score=f'{score:.2f}')
             for (task, network, seed), score in scores.items()]
-    if each:
+    if each:  # else there are no columns
         write_csv(each, out / f'{name}_scores.csv')
     print(f'\n{text}\nwritten to {out / name}.md and .csv, the score of each training '
           f'to {name}_scores.csv')

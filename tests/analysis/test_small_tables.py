@@ -75,7 +75,7 @@ def test_trains_what_is_missing_and_reads_the_rest(tmp_path, monkeypatch):
     assert row['Semantic FPN: mIoU, %'] == '41.0 ± 1.4'
     assert row['classification: top-1, %'] == ''
     assert describe(['segmentation']) == (
-        'Made digits: Semantic FPN at 160 px, 3 epochs')
+        'Made digits: Semantic FPN at 160 px, 6 epochs')
 
 
 def test_a_detector_that_finds_nothing_scores_0(tmp_path, monkeypatch):

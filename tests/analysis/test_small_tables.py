@@ -62,8 +62,8 @@ def test_trains_what_is_missing_and_reads_the_rest(tmp_path, monkeypatch):
         folder = Path(arguments[arguments.index('--work-dir') + 1])
         (folder / '1/vis_data').mkdir(parents=True)
         (folder / '1/vis_data/scalars.json').write_text(
-            '{"mIoU": %d, "step": 3}' % (40 + 2 * launched[-1]))
-        (folder / 'last_checkpoint').write_text('epoch_3.pth')
+            '{"mIoU": %d, "step": 6}' % (40 + 2 * launched[-1]))
+        (folder / 'last_checkpoint').write_text('epoch_6.pth')
 
     monkeypatch.setattr(training, 'launch', listen)
     arguments = CONFIGS, tmp_path, 'segmentation', 'LaViT-N'

@@ -53,7 +53,7 @@ class Task(NamedTuple):
 
 
 # Of their config's 20 epochs classifiers from scratch spend up to half at chance, and Swin
-# all. After 3 of 6 LaViT-N's segmentor sees only background. Detectors learn in 3 of 6.
+# all. After 3 of 6 LaViT-N's segmentor finds little but background. Detectors learn in 3 of 6.
 TASKS = dict(
     classification=Task('classification', 'lavit_n_digits.py', 64, 60),
     detection=Task('RetinaNet', 'retinanet_lavit_n_digits.py', 160, 3),

@@ -45,6 +45,15 @@ def test_networks_cost_about_the_same(task):
     assert min(costs.values()) > costs['LaViT-N'] / 1.5, costs
 
 
+def test_classifiers_have_the_rate_of_the_pre_training_for_their_batch():
+    config = make_config(CONFIGS, 'classification', 'Swin', 0)
+    pre_training = Config.fromfile(CONFIGS / 'lavit_n_tin100.py')
+    ratio = (config.train_dataloader.batch_size
+             / pre_training.train_dataloader.batch_size)
+    assert config.optim_wrapper.optimizer.lr == (
+        pre_training.optim_wrapper.optimizer.lr * ratio)
+
+
 def test_no_network_drops_paths():
     for name in NETWORKS:
         model = build_model(make_config(CONFIGS, 'classification', name, 0))

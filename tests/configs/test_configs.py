@@ -275,7 +275,7 @@ def test_baselines_of_detection_share_the_schedule(path):
     assert (config.optim_wrapper == ours.optim_wrapper) != convolutional
 
 
-@pytest.mark.parametrize('name', ['t', 's', 'b', 't_3x', 's_3x'])
+@pytest.mark.parametrize('name', ['t', 's', 's_k14', 'b', 't_3x', 's_3x'])
 def test_coco_configs_follow_the_published_schedule(name):
     config = load(ROOT / f'configs/retinanet_lavit_{name}_coco.py')
     epochs, milestones = (36, [27, 33]) if '3x' in name else (12, [8, 11])
@@ -286,6 +286,7 @@ def test_coco_configs_follow_the_published_schedule(name):
     assert config.auto_scale_lr.base_batch_size == 16
     kinds = [step.type for step in config.train_dataloader.dataset.pipeline]
     assert ('RandomResize' in kinds) == ('3x' in name)
+    assert config.model.backbone.get('max_key_grid') == (14 if 'k14' in name else None)
 
 
 def test_building_leaves_the_config_as_it_is():

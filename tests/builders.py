@@ -255,7 +255,9 @@ def load_tool(name: str, root: Path = ROOT, folder: str = 'tools') -> ModuleType
     """A tool as a module that other tools can import."""
     spec = importlib.util.spec_from_file_location(name, root / folder / f'{name}.py')
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    # It finds its neighbours, as a script does.
+    with mock.patch.object(sys, 'path', [*sys.path, str(root / folder)]):
+        spec.loader.exec_module(module)
     return module
 
 

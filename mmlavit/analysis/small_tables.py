@@ -1,7 +1,7 @@
 """The paper's three tables on scanned digits, with small networks, trained on a CPU."""
 import statistics
 from pathlib import Path
-from typing import Dict, NamedTuple, Sequence, Tuple
+from typing import Dict, NamedTuple, Optional, Sequence, Tuple
 
 from mmengine.config import Config
 from mmengine.utils import import_modules_from_strings
@@ -50,7 +50,7 @@ class Task(NamedTuple):
     config: str  # in configs
     size: int  # of the images, in pixels
     epochs: int
-    lr: float
+    lr: Optional[float] = None  # None: the config's
 
 
 # Not all networks learn with the classifier's own 1e-3, which is for a start from weights:
@@ -59,8 +59,8 @@ class Task(NamedTuple):
 # Detectors learn in 3 of 6.
 TASKS = dict(
     classification=Task('classification', 'lavit_n_digits.py', 64, 60, 2.5e-4),
-    detection=Task('RetinaNet', 'retinanet_lavit_n_digits.py', 160, 3, 2e-3),
-    segmentation=Task('Semantic FPN', 'semantic_fpn_lavit_n_digits.py', 160, 6, 2e-3))
+    detection=Task('RetinaNet', 'retinanet_lavit_n_digits.py', 160, 3),
+    segmentation=Task('Semantic FPN', 'semantic_fpn_lavit_n_digits.py', 160, 6))
 
 
 def make_config(configs: Path, task: str, network: str, seed: int) -> Config:
@@ -79,7 +79,8 @@ def make_config(configs: Path, task: str, network: str, seed: int) -> Config:
     config.custom_imports.imports = ['mmlavit', 'mmlavit.models.backbones.la_pvt',
                                      'mmdet.models', 'mmpretrain.models']
     import_modules_from_strings(**config.custom_imports)
-    config.optim_wrapper.optimizer.lr = TASKS[task].lr
+    if TASKS[task].lr is not None:
+        config.optim_wrapper.optimizer.lr = TASKS[task].lr
     set_schedule(config, TASKS[task].epochs)
     config.randomness = dict(seed=seed)
     return config

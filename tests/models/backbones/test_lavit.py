@@ -236,7 +236,7 @@ def test_autocast_is_close_to_float32(dtype, path, device):
 
 @pytest.mark.skipif(
     not hasattr(torch.compiler, 'is_compiling'),
-    reason='torch 2.1 does not compile LaViT (layers/tracing.py)')
+    reason='torch is too old to compile LaViT: it has no torch.compiler.is_compiling')
 def test_compiles_as_one_graph_for_changing_sizes(device):
     # A layer of each kind: tracing takes most of a minute for ARCH.
     arch = {**ARCH, 'depths': (1, 1, 2, 1), 'num_va_layers': (1, 1, 1, 0)}

@@ -282,12 +282,15 @@ def run_full(verbose: bool) -> None:
     work_dir = Path('work_dirs/demo')
     remove_other(work_dir)
     steps = start(work_dir, verbose)
-    steps.begin(f'3/5 Training {CONFIG} (7 to 18 minutes on 2 CPU cores)')
+    steps.begin(f'3/5 Training {CONFIG} from the weights in checkpoints/ '
+                '(7 to 18 minutes on 2 CPU cores)')
     train(steps, work_dir, {})
     steps.begin('4/5 Testing the checkpoint on held-out images (half a minute)')
     test(steps, work_dir, {})
     steps.begin('5/5 Result')
     report(steps, work_dir, '--min-ap', 0.80, '--min-ap50', 0.95)
+    print('    From scratch AP was 0.747 to 0.783 with three seeds '
+          '(docs/reports/tiny_imagenet.md).')
 
 
 def start(work_dir: Path, verbose: bool) -> Steps:

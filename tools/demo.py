@@ -283,7 +283,7 @@ def run_full(verbose: bool) -> None:
     remove_other(work_dir)
     steps = start(work_dir, verbose)
     steps.begin(f'3/5 Training {CONFIG} from the weights in checkpoints/ '
-                '(7 to 18 minutes on 2 CPU cores)')
+                '(5 to 18 minutes on 2 CPU cores)')
     train(steps, work_dir, {})
     steps.begin('4/5 Testing the checkpoint on held-out images (half a minute)')
     test(steps, work_dir, {})

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained and tested detector, with pictures:
 #
-#   bash tools/demo.sh              7 to 18 minutes on 2 CPU cores after set-up
+#   bash tools/demo.sh              5 to 18 minutes on 2 CPU cores after set-up
 #   bash tools/demo.sh --short      about 2 minutes: a few iterations, save, resume, test
 #   bash tools/demo.sh --verbose    with all that the steps print; else it is in demo.log
 #

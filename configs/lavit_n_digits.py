@@ -1,8 +1,7 @@
 """LaViT-N on single scanned digits, at 64 px; see tools/make_digits.py for the data.
 
 Begins from LaViT-N's weights and trains on the CPU in a minute or two. From scratch:
-``--cfg-options model.backbone.init_cfg=None
-optim_wrapper.paramwise_cfg.layer_decay_rate=1.``.
+``--cfg-options model.backbone.init_cfg=None``.
 """
 _base_ = './lavit_n_tin100.py'
 
@@ -31,7 +30,6 @@ val_dataloader = dict(
     num_workers=1,
     dataset=dict(data_root='data/digits/classes/val', pipeline=test_pipeline))
 test_dataloader = val_dataloader
-optim_wrapper = dict(paramwise_cfg=dict(layer_decay_rate=0.9))
 train_cfg = dict(max_epochs=num_epochs, val_interval=5)
 param_scheduler = [
     dict(

@@ -3,8 +3,8 @@
     bash tools/demo.sh
 
 Begins from LaViT-N's weights and trains on the CPU in minutes; see
-tools/make_digits.py for the data. From scratch: ``--cfg-options
-model.backbone.init_cfg=None optim_wrapper.paramwise_cfg.layer_decay_rate=1.``.
+tools/make_digits.py for the data. From scratch:
+``--cfg-options model.backbone.init_cfg=None``.
 """
 _base_ = './retinanet_lavit_digits.py'
 
@@ -18,4 +18,3 @@ model = dict(
             checkpoint='{{ fileDirname }}/../checkpoints/lavit_n_tin100-e3a49569.pth',
             prefix='backbone.')),
     neck=dict(in_channels=[32, 64, 128, 192]))
-optim_wrapper = dict(paramwise_cfg=dict(layer_decay_rate=0.9))

@@ -1,8 +1,7 @@
 """Semantic FPN with LaViT-N on scanned digits; see tools/make_digits.py for the data.
 
 Begins from LaViT-N's weights and trains on the CPU in minutes. The classes are the
-background and the digits. From scratch: ``--cfg-options model.backbone.init_cfg=None
-optim_wrapper.paramwise_cfg.layer_decay_rate=1.``.
+background and the digits. From scratch: ``--cfg-options model.backbone.init_cfg=None``.
 """
 _base_ = [
     '_base_/models/semantic_fpn_lavit_t.py', 'mmseg::_base_/default_runtime.py',
@@ -92,8 +91,7 @@ optim_wrapper = dict(
         betas=(0.9, 0.99),
         weight_decay=0.05,
         foreach=True),
-    paramwise_cfg=dict(
-        norm_decay_mult=0., bias_decay_mult=0., layer_decay_rate=0.9),
+    paramwise_cfg=dict(norm_decay_mult=0., bias_decay_mult=0.),
     clip_grad=dict(max_norm=10, norm_type=2))
 auto_scale_lr = dict(enable=False, base_batch_size=4)
 randomness = dict(seed=0)

@@ -203,7 +203,8 @@ def test_a_detector_keeps_its_data_and_takes_the_budget(tmp_path):
 def test_a_variant_is_trained_from_scratch(tmp_path):
     path = tmp_path / 'fine_tuned.py'
     path.write_text(f"_base_ = {str(ROOT / 'configs/retinanet_lavit_n_digits.py')!r}\n"
-                    'model = dict(backbone=dict(frozen_stages=1))\n')
+                    'model = dict(backbone=dict(frozen_stages=1))\n'
+                    'optim_wrapper = dict(paramwise_cfg=dict(layer_decay_rate=.9))\n')
     asked = Config.fromfile(path)
     assert asked.model.backbone.init_cfg.type == 'Pretrained'
     assert asked.optim_wrapper.paramwise_cfg.layer_decay_rate < 1

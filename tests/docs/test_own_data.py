@@ -1,4 +1,5 @@
 """docs/own_data.md followed with made digits in the place of one's own data."""
+import math
 import re
 import shutil
 import sys
@@ -115,14 +116,19 @@ def test_check_train_and_test(kind, data, tmp_path, capsys, monkeypatch):
     assert len(pictures) >= 4
 
 
-def test_the_first_stage_keeps_its_weights(data, tmp_path, monkeypatch):
+def test_the_two_options_of_fine_tuning(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    option = 'model.backbone.frozen_stages=0'
-    assert f'`--cfg-options {option}`' in PAGE
+    options = ('model.backbone.frozen_stages=0',
+               'optim_wrapper.paramwise_cfg.layer_decay_rate=0.9')
+    for option in options:
+        assert f'`--cfg-options {option}`' in PAGE
     path = write_config('folders', data)
-    with mock.patch.object(sys, 'argv', ['train.py', str(path), '--cfg-options', option]):
+    with mock.patch.object(sys, 'argv', ['train.py', str(path), '--cfg-options', *options]):
         launch.main('train')
     trained = load_from_local(str(next(Path('work_dirs/my_config').glob('*.pth'))))
+    rates = [group['initial_lr'] for group in trained['optimizer']['param_groups']]
+    # One of the head, and one of each of the eight layers that are not frozen.
+    assert max(rates) == 1e-3 and len({round(math.log(x / 1e-3, .9)) for x in rates}) >= 9
     begun = load_from_local(Config.fromfile(path).model.backbone.init_cfg.checkpoint)
     moved = {name.split('.')[2] for name, x in begun['state_dict'].items()
              if name.startswith('backbone.stages.') and x.is_floating_point()

@@ -60,6 +60,7 @@ def plot_similarity(results: Dict[str, dict], out: Path) -> None:
                         ax.axvline(i - .5, color='0.8', lw=1, zorder=0)
         ax.set_title(TITLES[measure_name], fontsize=11)
         ax.set_xlabel('layer (o VA, ^ LA)', fontsize=10)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_ylim(*((None, None) if measure_name in UNBOUNDED else
                       (min(0, ax.get_ylim()[0]), 1.03)))
         ax.grid(alpha=.3)

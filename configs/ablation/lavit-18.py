@@ -1,4 +1,4 @@
-"""18 layers, 14 VA and 4 LA, for the cued digits: 64 keys at 64 px.
+"""18 layers, 14 VA and 4 LA, for small images: 64 keys at 64 px.
 
 As deep as the network in the paper's figures of attention collapse.
 """

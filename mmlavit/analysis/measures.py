@@ -67,10 +67,11 @@ def diagonal_largest(attn: Tensor) -> Tensor:
 def entropy(attn: Tensor) -> Tensor:
     """Mean entropy of the rows over its largest: 1 if uniform, 0 of a single key.
 
-    Nan with one key, whose map has no other form.
+    Nan with one key, whose map has no other form, and for a map with negative entries,
+    as Re-Attention's, which has none.
     """
     keys = attn.shape[-1]
-    if keys == 1:
+    if keys == 1 or (attn < 0).any():
         return attn.new_tensor(float('nan'))
     return torch.special.entr(attn).sum(-1).mean() / math.log(keys)
 

@@ -30,6 +30,8 @@ def test_measures_of_hand_computed_examples():
     rows = torch.tensor([[1., 0, 0, 0], [.5, 0, .5, 0], [.25] * 4])
     assert entropy(rows[None, None]).item() == pytest.approx(.5)
     assert entropy(torch.ones(1, 2, 3, 1)).isnan()
+    # Re-Attention's norm makes maps of any sign.
+    assert entropy(torch.tensor([[[[1.5, -.5], [.5, .5]]]])).isnan()
     assert score_deviation(torch.tensor([[[[1., 3.], [7., 7.]]]])) == .5
     assert diagonal_largest(a).item() == .5
     tokens = torch.tensor([[1., 0.], [0., 2.], [3., 3.]])

@@ -24,6 +24,10 @@ class Network(NamedTuple):
 NETWORKS: Dict[str, Network] = {
     'LaViT-N': Network(lavit('nano', dp_loss=dict()), (32, 64, 128, 192)),
     'LaViT-N, no DP loss': Network(lavit('nano'), (32, 64, 128, 192)),
+    'LaViT-N, identity': Network(
+        lavit('nano', transform='identity'), (32, 64, 128, 192)),
+    'LaViT-N, Re-Attention': Network(
+        lavit('nano', transform='re_attention'), (32, 64, 128, 192)),
     'its all-VA twin': Network(twin('nano'), (32, 64, 128, 192)),
     'PVT': Network(
         dict(type='LessAttentionPVT', embed_dims=32, num_layers=[2, 2, 2, 2],

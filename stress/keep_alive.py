@@ -2,6 +2,7 @@
 
     python stress/keep_alive.py DATA --seeds 0 1 2
     python stress/keep_alive.py DATA --form bounded --lr 1e-2 --steps 300
+    python stress/keep_alive.py DATA --mixing low_rank --lr 1e-2 --steps 300
 
 DATA has class folders of 32 x 32 images in ``train`` and ``test``, such as CIFAR-10's.
 Prints accuracy and, by layer, the entropy of the maps (1: uniform, 0: one key), their
@@ -10,7 +11,7 @@ scores over keys.
 """
 import argparse
 from pathlib import Path
-from typing import Callable, List, Optional, Tuple
+from typing import Callable, List, Tuple
 
 import cv2
 import numpy as np
@@ -23,6 +24,8 @@ from mmlavit.analysis.measures import (asymmetry, diagonal_largest, entropy,
                                        score_deviation)
 from mmlavit.analysis.observe import observe_layers
 from mmlavit.analysis.report import markdown_table
+from mmlavit.models.layers.attention import TRANSFORMS
+from mmlavit.models.layers.mixing import MIXINGS
 
 ARCH = dict(
     embed_dims=(16, 32, 64, 96), depths=(1, 2, 5, 2), num_heads=(1, 2, 4, 6),
@@ -39,12 +42,10 @@ def read(folder: Path) -> Tuple[Tensor, Tensor]:
     return (torch.tensor(np.stack(images)).float() - 120) / 64, torch.tensor(classes)
 
 
-def build(dp_loss: Optional[dict], twin: bool, seed: int) -> LaViT:
+def build(twin: bool, seed: int, **options) -> LaViT:
     torch.manual_seed(seed)
     arch = {**ARCH, 'num_va_layers': ARCH['depths']} if twin else ARCH
-    model = LaViT(
-        arch=arch, pretrain_img_size=32, sr_ratios=(4, 2, 1, 1), out_indices=(3, ),
-        dp_loss=dp_loss)
+    model = LaViT(arch=arch, sr_ratios=(4, 2, 1, 1), out_indices=(3, ), **options)
     model.init_weights()
     return model
 
@@ -104,6 +105,14 @@ def main() -> None:
                         help="the DP loss's; default %(default)s; e.g. --weight 1")
     parser.add_argument('--twin', action='store_true',
                         help='all layers VA; default off')
+    parser.add_argument('--mixing', choices=MIXINGS, default='full',
+                        help='of Theta and Psi; default %(default)s; e.g. --mixing '
+                        'low_rank')
+    parser.add_argument('--transform', choices=TRANSFORMS, default='token_mix',
+                        help='default %(default)s; e.g. --transform re_attention')
+    parser.add_argument('--base-size', type=int, default=32,
+                        help='of images whose grids Theta and Psi have; default '
+                        '%(default)s; e.g. --base-size 16')
     parser.add_argument('--lr', type=float, default=1e-3,
                         help='default %(default)s; e.g. --lr 1e-2')
     parser.add_argument('--steps', type=int, default=600,
@@ -116,7 +125,8 @@ def main() -> None:
     rows = []
     dp_loss = args.form and dict(form=args.form, loss_weight=args.weight)
     for seed in args.seeds:
-        model = build(dp_loss, args.twin, seed)
+        model = build(args.twin, seed, dp_loss=dp_loss, mixing=args.mixing,
+                      transform=args.transform, pretrain_img_size=args.base_size)
         head = nn.Linear(ARCH['embed_dims'][-1], 10)
         train(model, head, data, args.lr, args.steps, seed)
         rows.append({'seed': seed, **test(model, head, held_out)})

@@ -57,7 +57,7 @@ def dense_low_rank(mix: LowRankMix, up: torch.Tensor) -> torch.Tensor:
     v = torch.stack([v - v.sum() / n for v in (up @ mix.v).T], dim=1)
     rows = torch.eye(n).double()
     for i, u in enumerate(up @ mix.u):
-        row = rows[i] + (u * v).sum(1) * math.sqrt(base) / n
+        row = rows[i] + (u * v).sum(1) * math.sqrt(base / mix.rank) / n
         rows = rows.index_put((torch.tensor(i), ), row / row.square().sum().sqrt())
     return rows
 

@@ -1,4 +1,4 @@
-"""Makes images whose class cannot be told without comparing distant places.
+"""Makes images whose class is told by comparing distant places.
 
 Each image has several of scikit-learn's scanned digits, each in a colour of its own, and a
 bar at its border in one of these colours. The class is the digit that has the bar's colour. Colours

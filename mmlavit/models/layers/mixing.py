@@ -91,10 +91,12 @@ class TokenMix(nn.Module):
 class LowRankMix(TokenMix):
     """Theta or Psi of low rank: a cheaper `TokenMix` (our choice).
 
-    M is ``I + U V^T / sqrt(n)`` with rows scaled to norm 1; U and V are (n, rank) and
-    the columns of V have a mean of zero. So it has both bounds of `TokenMix`. It is
-    applied as two thin products, and M is never built: the norms are those of
-    ``1 + 2 u.v + u (V^T V) u^T``, for the rows u, v of U and V / sqrt(n).
+    M is ``I + U V^T / sqrt(n rank)`` with rows scaled to norm 1; U and V are (n, rank)
+    and the columns of V have a mean of zero. So it has both bounds of `TokenMix`. The
+    rank is in the scale because an entry of U V^T is a sum over it: without, scores grew
+    with the learning rate (our choice, see docs/reports/dp_loss.md). M is applied as two
+    thin products and never built: the norms are the roots of
+    ``1 + 2 u.v + u (V^T V) u^T``, for the rows u, v of U and V / sqrt(n rank).
 
     On another grid U and V are resized bilinearly, where `TokenMix` resizes tokens; V is
     scaled so that a product with it stays a mean.
@@ -130,7 +132,8 @@ class LowRankMix(TokenMix):
         u, v = self.u, self.v
         if is_exporting() or tuple(grid) != self.base_grid:
             u, v = self._resized(u, grid), self._resized(v, grid)
-        v = (v - v.mean(dim=0)) * (len(self.v)**.5 / (grid[0] * grid[1]))
+        scale = (len(self.v) / self.rank)**.5 / (grid[0] * grid[1])
+        v = (v - v.mean(dim=0)) * scale
         with torch.autocast(u.device.type, enabled=False):
             square = 1 + 2 * (u * v).sum(1) + (u @ (v.T @ v) * u).sum(1)
         # A row sums to 1, so its norm is no less; rounding may say otherwise.

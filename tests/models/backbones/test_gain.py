@@ -1,4 +1,5 @@
 """Less attention stays alive at ten times the learning rate."""
+import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -36,14 +37,19 @@ def train(model: nn.Module, lr: float, steps: int) -> None:
         optimizer.step()
 
 
-def test_no_layer_dies_at_ten_times_the_learning_rate():
+@pytest.mark.parametrize('options', [
+    {},
+    dict(mixing='low_rank'),
+    dict(pretrain_img_size=8),  # the images' grid is larger than the base grid
+], ids=['full', 'low-rank', 'larger-grid'])
+def test_no_layer_dies_at_ten_times_the_learning_rate(options):
     """Unbounded mixing, ``I + W``, ends here at entropies below 0.01."""
     torch.manual_seed(0)
-    model = LaViT(
+    model = LaViT(**{**dict(
         arch=ARCH, pretrain_img_size=16, sr_ratios=(2, 1, 1),
-        out_indices=(2, ))
+        out_indices=(2, )), **options})
     model.init_weights()
-    train(model, lr=1e-2, steps=200)
+    train(model, lr=1e-2, steps=100)
     layers = []
     with observe_layers(model, layers.append), torch.no_grad():
         model.eval()(digits()[0][:32])

@@ -102,10 +102,20 @@ def test_low_rank_mixing_keeps_the_size_of_scores_whatever_its_weights(std):
         x = torch.randn(4, 49, 64)
         torch.testing.assert_close(mix(x, (7, 7)), matrix @ x, rtol=1e-4, atol=1e-4)
         # Rows of U V^T have a mean of zero: the sum of a row is 1 over its norm.
-        u, v = mix.u.double(), mix.v.double() / 7
+        u, v = mix.u.double(), mix.v.double() / math.sqrt(49 * 4)
         rows = torch.eye(49) + u @ (v - v.mean(0)).T
     torch.testing.assert_close(
         matrix.sum(1).double(), 1 / rows.norm(dim=1), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('rank', [1, 4, 49])
+def test_equal_steps_change_low_rank_mixing_as_much_at_every_rank(rank):
+    """And as much as the full mixing: a learning rate means the same to both."""
+    full, low_rank = TokenMix((7, 7)), LowRankMix((7, 7), rank)
+    nn.init.normal_(full.weight, std=.1)
+    nn.init.normal_(low_rank.u, std=.1)
+    full, low_rank = (mix.matrix().detach() - torch.eye(49) for mix in (full, low_rank))
+    assert .6 < low_rank.norm() / full.norm() < 1.6
 
 
 def test_low_rank_mixing_begins_as_the_identity_with_a_gradient():

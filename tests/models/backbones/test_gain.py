@@ -45,9 +45,9 @@ def train(model: nn.Module, lr: float, steps: int) -> None:
 def test_no_layer_dies_at_ten_times_the_learning_rate(options):
     """Unbounded mixing, ``I + W``, ends here at entropies below 0.01."""
     torch.manual_seed(0)
-    model = LaViT(**{**dict(
-        arch=ARCH, pretrain_img_size=16, sr_ratios=(2, 1, 1),
-        out_indices=(2, )), **options})
+    model = LaViT(
+        arch=ARCH, sr_ratios=(2, 1, 1), out_indices=(2, ),
+        **{'pretrain_img_size': 16, **options})
     model.init_weights()
     train(model, lr=1e-2, steps=100)
     layers = []

@@ -15,7 +15,7 @@ model = dict(
         pretrain_img_size=128,
         out_indices=(3, ),
         drop_path_rate=0.05,
-        dp_loss=dict()),
+        dp_loss=dict()),  # the published weights were trained with it
     neck=dict(type='GlobalAveragePooling'),
     head=dict(
         type='LinearClsHead',

@@ -18,7 +18,6 @@ model = dict(
             num_va_layers=(2, 2, 1, 0),
             mlp_ratios=(2, 2, 4, 4)),
         drop_path_rate=0.,
-        dp_loss=None,  # for time
         init_cfg=None),
     neck=dict(
         in_channels=[32, 64, 128, 160],

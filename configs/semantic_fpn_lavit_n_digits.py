@@ -17,7 +17,6 @@ model = dict(
         arch='nano',
         pretrain_img_size=128,
         drop_path_rate=0.,
-        dp_loss=None,
         init_cfg=dict(
             checkpoint='{{ fileDirname }}/../checkpoints/lavit_n_tin100-e3a49569.pth')),
     neck=dict(in_channels=[32, 64, 128, 192], out_channels=64),

@@ -3,5 +3,4 @@ _base_ = '../baselines/deit-s_in1k.py'
 custom_imports = dict(
     imports=['mmlavit.models.backbones.la_vit'], allow_failed_imports=False)
 
-model = dict(
-    backbone=dict(type='LessAttentionViT', first_la_layer=4, dp_loss=dict()))
+model = dict(backbone=dict(type='LessAttentionViT', first_la_layer=4))

@@ -9,6 +9,5 @@ model = dict(
         type='LessAttentionPVT',
         num_layers=[3, 4, 6, 3],
         num_va_layers=(3, 4, 3, 1),
-        out_indices=(3, ),
-        dp_loss=dict()),
+        out_indices=(3, )),
     head=dict(in_channels=512))

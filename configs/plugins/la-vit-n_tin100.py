@@ -3,5 +3,4 @@ _base_ = '../baselines/vit-n_tin100.py'
 custom_imports = dict(
     imports=['mmlavit.models.backbones.la_vit'], allow_failed_imports=False)
 
-model = dict(
-    backbone=dict(type='LessAttentionViT', first_la_layer=8, dp_loss=dict()))
+model = dict(backbone=dict(type='LessAttentionViT', first_la_layer=8))

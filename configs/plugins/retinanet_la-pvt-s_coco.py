@@ -4,5 +4,4 @@ custom_imports = dict(
     imports=['mmlavit.models.backbones.la_pvt'], allow_failed_imports=False)
 
 model = dict(
-    backbone=dict(
-        type='LessAttentionPVT', num_va_layers=(3, 4, 3, 1), dp_loss=dict()))
+    backbone=dict(type='LessAttentionPVT', num_va_layers=(3, 4, 3, 1)))

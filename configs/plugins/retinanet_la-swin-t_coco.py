@@ -4,5 +4,4 @@ custom_imports = dict(
     imports=['mmlavit.models.backbones.la_swin'], allow_failed_imports=False)
 
 model = dict(
-    backbone=dict(
-        type='LessAttentionSwin', la_layers=(6, 7, 8, 9), dp_loss=dict()))
+    backbone=dict(type='LessAttentionSwin', la_layers=(6, 7, 8, 9)))

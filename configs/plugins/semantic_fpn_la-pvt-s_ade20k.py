@@ -10,7 +10,6 @@ model = dict(
         type='LessAttentionPVT',
         num_layers=[3, 4, 6, 3],
         num_va_layers=(3, 4, 3, 1),
-        dp_loss=dict(),
         init_cfg=dict(checkpoint='https://github.com/whai362/PVT/'
                       'releases/download/v2/pvt_small.pth')),
     neck=dict(in_channels=[64, 128, 320, 512]))

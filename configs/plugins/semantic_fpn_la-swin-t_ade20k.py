@@ -7,7 +7,6 @@ model = dict(
     backbone=dict(  # mmdet's Swin, with the weights of its authors
         type='LessAttentionSwin',
         la_layers=(6, 7, 8, 9),
-        dp_loss=dict(),
         convert_weights=True,
         init_cfg=dict(
             checkpoint='https://github.com/SwinTransformer/storage/releases/'

@@ -82,9 +82,11 @@ def test_less_attention_begins_from_the_weights_of_the_stock_class(path):
         assert name not in weights or torch.equal(value, weights[name])
 
 
-def train_step(path: Path):
+def train_step(path: Path, dp_loss: bool):
     """As tools/train.py does it, with the config's optimizer."""
     config = load(path)
+    if dp_loss:
+        config.model.backbone.dp_loss = dict()
     if config.default_scope == 'mmseg':
         config.model.data_preprocessor.size = SIZES['mmseg']  # it pads to that
     model = build(config).train()
@@ -108,10 +110,9 @@ def train_step(path: Path):
 
 @pytest.mark.parametrize('path', OURS + PLUGINS, ids=lambda path: path.stem)
 def test_config_trains_a_step_of_every_parameter(path):
-    model, log, moved = train_step(path)
-    if 'digits' not in path.name:
-        # A fresh layer repeats its predecessor, so that nothing is lost.
-        assert log['loss_dp'] == 0
+    model, log, moved = train_step(path, dp_loss=True)
+    # A fresh layer repeats its predecessor, so that nothing is lost.
+    assert log['loss_dp'] == 0
     parts = [value for name, value in log.items()
              if 'loss' in name and name != 'loss']
     if parts:
@@ -123,9 +124,15 @@ def test_config_trains_a_step_of_every_parameter(path):
     assert moved > (0.3 if 'deit' in path.stem or 'vit-n' in path.stem else 0.9)
 
 
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_the_dp_loss_is_off_but_where_figures_are_of_it(path):
+    on = load(path).model.get('backbone', {}).get('dp_loss') is not None
+    assert on == (path.stem in ('lavit_n_tin100', 'lavit-narrow', 'lavit-cued', 'lavit-18'))
+
+
 @pytest.mark.parametrize('path', BASELINES, ids=lambda path: path.stem)
 def test_baseline_trains_a_step(path):
-    model, log, moved = train_step(path)
+    model, log, moved = train_step(path, dp_loss=False)
     assert 'loss_dp' not in log
     assert moved > 0.3  # of ResNet-50, half of which is frozen
     for name, parameter in model.named_parameters():

@@ -254,7 +254,7 @@ def test_two_cpu_processes_train_resume_and_test(digits, tmp_path, free_port):
     """The whole chain over gloo, from the COCO config's child."""
     (tmp_path / 'digits.py').write_text(
         f"_base_ = {str(ROOT / 'configs/retinanet_lavit_digits.py')!r}\n"
-        'model = dict(backbone=dict(dp_loss=dict(_delete_=True)))\n')
+        'model = dict(backbone=dict(dp_loss=dict()))\n')
     config = Config.fromfile(tmp_path / 'digits.py')
     work_dir, env = tmp_path / 'work', dict(
         PORT=str(free_port), CUDA_VISIBLE_DEVICES='')

@@ -7,6 +7,5 @@ model = dict(
         type='LaViT',
         arch='tiny',
         out_indices=(3, ),
-        drop_path_rate=0.1,
-        dp_loss=dict()),
+        drop_path_rate=0.1),
     head=dict(in_channels=448))

@@ -6,7 +6,6 @@ model = dict(
         type='LaViT',
         arch='tiny',
         drop_path_rate=0.1,
-        dp_loss=dict(),
         # There are no published weights. Give the path of a classifier's
         # checkpoint, or init_cfg=None to train from scratch: see
         # docs/reproduce.md.

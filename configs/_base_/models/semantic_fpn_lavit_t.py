@@ -8,7 +8,6 @@ model = dict(
         type='LaViT',
         arch='tiny',
         drop_path_rate=0.1,
-        dp_loss=dict(),
         init_cfg=dict(  # None: from scratch
             type='Pretrained',
             checkpoint='work_dirs/lavit_t_in1k/epoch_300.pth',

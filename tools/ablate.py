@@ -4,8 +4,9 @@
     python tools/ablate.py configs/retinanet_lavit_digits.py --only LaViT "no DP loss"
 
 Trains every variant (``--only`` chooses) with every seed and tests it. CONFIG is of a
-classifier, detector or segmentor with LaViT that trains by epochs; the DP loss is on
-where the config has none. With DATA, a folder with ``train/CLASS/*`` and ``val/CLASS/*``
+classifier, detector or segmentor with LaViT that trains by epochs. "LaViT" has the DP
+loss, also where CONFIG has none; "no DP loss", "identity", "re-attention", the twin and
+the controls are without it. With DATA, a folder with ``train/CLASS/*`` and ``val/CLASS/*``
 or ``test/CLASS/*``, CONFIG is a classifier's, of which the model is taken; images are
 resized, and for training cropped and flipped. The learning rate warms up in 50 steps and
 falls along a cosine, whatever CONFIG has. Weights begin at random. What is done is

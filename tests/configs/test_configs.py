@@ -82,11 +82,10 @@ def test_less_attention_begins_from_the_weights_of_the_stock_class(path):
         assert name not in weights or torch.equal(value, weights[name])
 
 
-def train_step(path: Path, dp_loss: bool):
+def train_step(path: Path, **changes):
     """As tools/train.py does it, with the config's optimizer."""
     config = load(path)
-    if dp_loss:
-        config.model.backbone.dp_loss = dict()
+    config.merge_from_dict(changes)
     if config.default_scope == 'mmseg':
         config.model.data_preprocessor.size = SIZES['mmseg']  # it pads to that
     model = build(config).train()
@@ -110,9 +109,7 @@ def train_step(path: Path, dp_loss: bool):
 
 @pytest.mark.parametrize('path', OURS + PLUGINS, ids=lambda path: path.stem)
 def test_config_trains_a_step_of_every_parameter(path):
-    model, log, moved = train_step(path, dp_loss=True)
-    # A fresh layer repeats its predecessor, so that nothing is lost.
-    assert log['loss_dp'] == 0
+    model, log, moved = train_step(path)
     parts = [value for name, value in log.items()
              if 'loss' in name and name != 'loss']
     if parts:
@@ -125,14 +122,26 @@ def test_config_trains_a_step_of_every_parameter(path):
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
-def test_the_dp_loss_is_off_but_where_figures_are_of_it(path):
+def test_the_dp_loss_is_off_but_in_the_ablations_and_for_the_weights(path):
     on = load(path).model.get('backbone', {}).get('dp_loss') is not None
     assert on == (path.stem in ('lavit_n_tin100', 'lavit-narrow', 'lavit-cued', 'lavit-18'))
 
 
+@pytest.mark.parametrize('name', [
+    'lavit_t_in1k', 'retinanet_lavit_t_coco', 'upernet_lavit_t_ade20k',
+    'plugins/la-deit-t_in1k', 'plugins/la-pvt-s_in1k', 'plugins/la-swin-t_in1k',
+    'plugins/retinanet_la-swin-t_coco'
+])
+def test_one_option_switches_the_dp_loss_on(name):
+    _, log, _ = train_step(ROOT / f'configs/{name}.py',
+                           **{'model.backbone.dp_loss.form': 'preserve'})
+    # A fresh layer repeats its predecessor, so that nothing is lost.
+    assert log['loss_dp'] == 0
+
+
 @pytest.mark.parametrize('path', BASELINES, ids=lambda path: path.stem)
 def test_baseline_trains_a_step(path):
-    model, log, moved = train_step(path, dp_loss=False)
+    model, log, moved = train_step(path)
     assert 'loss_dp' not in log
     assert moved > 0.3  # of ResNet-50, half of which is frozen
     for name, parameter in model.named_parameters():

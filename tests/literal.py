@@ -29,7 +29,7 @@ def bilinear_matrix(base: int, size: int) -> np.ndarray:
 
 
 def dense_mix(mix: TokenMix, grid: tuple) -> torch.Tensor:
-    """I + U (M - I) D as one (N, N) matrix, M with rows of norm 1.
+    """I + U (M - I) D as one (N, N) matrix, M with bounded rows.
 
     Of low rank, U and V are resized instead.
     """
@@ -45,14 +45,24 @@ def dense_mix(mix: TokenMix, grid: tuple) -> torch.Tensor:
     rows = []
     for i, row in enumerate(changes):
         row = row / math.sqrt(base) + torch.eye(base).double()[i]
-        rows.append(row / row.square().sum().sqrt())
+        row = row / row.square().sum().sqrt()
+        rows.append(row / max(1, row.abs().sum() / 1.5))
     learned = torch.stack(rows) - torch.eye(base)
     return torch.eye(n).double() + torch.tensor(up) @ learned @ torch.tensor(
         down)
 
 
 def dense_low_rank(mix: LowRankMix, up: torch.Tensor) -> torch.Tensor:
-    """I + U V^T, row by row scaled to norm 1; ``up`` (N, n) resizes U and V."""
+    """I + U V^T with bounded rows; ``up`` (N, n) resizes U, V and the second bound."""
+    base = up.shape[1]
+    learned = low_rank_rows(mix, torch.eye(base).double())
+    above = torch.stack([max(torch.tensor(1.).double(), row.abs().sum() / 1.5)
+                         for row in learned])
+    return low_rank_rows(mix, up) / (up @ above)[:, None]
+
+
+def low_rank_rows(mix: LowRankMix, up: torch.Tensor) -> torch.Tensor:
+    """I + U V^T, row by row scaled to norm 1."""
     n, base = up.shape
     v = torch.stack([v - v.sum() / n for v in (up @ mix.v).T], dim=1)
     rows = torch.eye(n).double()

@@ -14,6 +14,12 @@ from .tracing import is_exporting
 
 MIXINGS = ('full', 'low_rank')
 DEFAULT_RANK = 16  # our choice: a sixth of the full product at 14 x 14 tokens
+MAX_ROW_SUM = 1.5  # our choice, measured: docs/reports/dp_loss.md
+
+
+def excess(rows: Tensor) -> Tensor:
+    """How far absolute sums of rows (n, m) of norm 1 are above `MAX_ROW_SUM`: (n, 1)."""
+    return (rows.abs().sum(1, keepdim=True) / MAX_ROW_SUM).clamp_min(1)
 
 
 def mix_heads(x: Tensor, mix: Tensor) -> Tensor:
@@ -32,13 +38,14 @@ class TokenMix(nn.Module):
     in Psi it would cancel in the softmax. Tokens outside of the grid, such as a class
     token, are left as they are (our choice): they have their own rows and columns.
 
-    M is ``I + W / sqrt(n)``, with two bounds on W, which keep the variance of
-    scores that are uncorrelated between tokens, whatever the optimizer does (our
-    choice):
+    M is ``I + W / sqrt(n)``, with three bounds, whatever the optimizer does (our choice):
 
     - The rows of W have a mean of zero, so that it adds nothing to scores that are all
       alike.
-    - The rows of M are scaled to norm 1.
+    - The rows of M are scaled to norm 1, which keeps the variance of scores that are
+      uncorrelated between tokens.
+    - Rows whose absolute entries sum to more than 1.5 are scaled down to that: no score
+      becomes larger than 1.5 times the largest, however correlated they are.
 
     W starts at zero, so that a fresh LA layer repeats its predecessor's attention.
 
@@ -63,7 +70,8 @@ class TokenMix(nn.Module):
         n = len(self.weight)
         centred = self.weight - self.weight.mean(dim=1, keepdim=True)
         identity = torch.eye(n, dtype=centred.dtype, device=centred.device)
-        return F.normalize(identity + centred * n**-0.5, dim=1)
+        rows = F.normalize(identity + centred * n**-0.5, dim=1)
+        return rows / excess(rows)
 
     def _on_base(self, x: Tensor, extra: int = 0) -> Tensor:
         """M x; x (B, extra + n, C), whose first ``extra`` tokens stay."""
@@ -92,14 +100,15 @@ class LowRankMix(TokenMix):
     """Theta or Psi of low rank: a cheaper `TokenMix` (our choice).
 
     M is ``I + U V^T / sqrt(n rank)`` with rows scaled to norm 1; U and V are (n, rank)
-    and the columns of V have a mean of zero. So it has both bounds of `TokenMix`. The
+    and the columns of V have a mean of zero. So it has the bounds of `TokenMix`. The
     rank is in the scale because an entry of U V^T is a sum over it: without, scores grew
     with the learning rate (our choice, see docs/reports/dp_loss.md). M is applied as two
-    thin products and never built: the norms are the roots of
-    ``1 + 2 u.v + u (V^T V) u^T``, for the rows u, v of U and V / sqrt(n rank).
+    thin products. The norms are the roots of ``1 + 2 u.v + u (V^T V) u^T``, for the rows
+    u, v of U and V / sqrt(n rank). The sums of absolute entries are those on the base
+    grid, where M is built for them, without the tokens.
 
-    On another grid U and V are resized bilinearly, where `TokenMix` resizes tokens; V is
-    scaled so that a product with it stays a mean.
+    On another grid U, V and the sums are resized bilinearly, where `TokenMix` resizes
+    tokens; V is scaled so that a product with it stays a mean.
 
     U starts at zero, so that M starts as the identity, and V at random, so that U has
     a gradient from the first step on.
@@ -127,6 +136,20 @@ class LowRankMix(TokenMix):
         return F.interpolate(
             maps, grid, mode='bilinear', align_corners=False).flatten(2)[0].T
 
+    def _bounded(self, grid: Grid) -> Tuple[Tensor, Tensor, Tensor]:
+        """U (N, rank), V scaled (N, rank), and what rows are divided by (N, 1)."""
+        above = excess(self._rows())
+        u, v, norms = self._factors(grid)
+        if is_exporting() or tuple(grid) != self.base_grid:
+            above = self._resized(above, grid)
+        return u, v, norms * above
+
+    def _rows(self) -> Tensor:
+        """M before the bound of its rows' sums, (n, n)."""
+        u, v, norms = self._factors(self.base_grid)
+        identity = torch.eye(len(u), dtype=u.dtype, device=u.device)
+        return (identity + u @ v.T) / norms
+
     def _factors(self, grid: Grid) -> Tuple[Tensor, Tensor, Tensor]:
         """U (N, rank), V scaled (N, rank), and the norms of the rows (N, 1)."""
         u, v = self.u, self.v
@@ -142,20 +165,19 @@ class LowRankMix(TokenMix):
 
     def matrix(self) -> Tensor:
         """M, (n, n)."""
-        u, v, norms = self._factors(self.base_grid)
-        identity = torch.eye(len(u), dtype=u.dtype, device=u.device)
-        return (identity + u @ v.T) / norms
+        rows = self._rows()
+        return rows / excess(rows)
 
     def forward(self, x: Tensor, grid: Grid, extra: int = 0) -> Tensor:
         """(B, extra + N, C) -> the same; the last N tokens lie on ``grid``."""
-        u, v, norms = self._factors(grid)
+        u, v, divisors = self._bounded(grid)
         if extra:
             u, v = (F.pad(factor, (0, 0, extra, 0)) for factor in (u, v))
-            norms = F.pad(norms, (0, 0, extra, 0), value=1.)
+            divisors = F.pad(divisors, (0, 0, extra, 0), value=1.)
         batch = x.shape[0]
         seen = torch.bmm(v.T.expand(batch, -1, -1), x)  # (B, rank, C)
         mixed = torch.baddbmm(x, u.expand(batch, -1, -1), seen)
-        return mixed / norms.to(mixed.dtype)
+        return mixed / divisors.to(mixed.dtype)
 
     def extra_repr(self) -> str:
         return f'base_grid={self.base_grid}, rank={self.rank}'

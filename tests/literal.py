@@ -53,23 +53,22 @@ def dense_mix(mix: TokenMix, grid: tuple) -> torch.Tensor:
 
 
 def dense_low_rank(mix: LowRankMix, up: torch.Tensor) -> torch.Tensor:
-    """I + U V^T with bounded rows; ``up`` (N, n) resizes U, V and the second bound."""
-    base = up.shape[1]
-    learned = low_rank_rows(mix, torch.eye(base).double())
-    above = torch.stack([max(torch.tensor(1.).double(), row.abs().sum() / 1.5)
-                         for row in learned])
-    return low_rank_rows(mix, up) / (up @ above)[:, None]
+    """I + U V^T with bounded rows; ``up`` (N, n) resizes U, V and the absolute sums."""
+    rows, base = (low_rank_rows(mix, x)
+                  for x in (up, torch.eye(up.shape[1]).double()))
+    sums = up @ base.abs().sum(1)
+    return torch.stack([row / max(row.square().sum().sqrt(), total / 1.5)
+                        for row, total in zip(rows, sums)])
 
 
 def low_rank_rows(mix: LowRankMix, up: torch.Tensor) -> torch.Tensor:
-    """I + U V^T, row by row scaled to norm 1."""
+    """I + U V^T, row by row."""
     n, base = up.shape
     v = torch.stack([v - v.sum() / n for v in (up @ mix.v).T], dim=1)
     rows = torch.eye(n).double()
-    for i, u in enumerate(up @ mix.u):
-        row = rows[i] + (u * v).sum(1) * math.sqrt(base / mix.rank) / n
-        rows = rows.index_put((torch.tensor(i), ), row / row.square().sum().sqrt())
-    return rows
+    return torch.stack([
+        row + (u * v).sum(1) * math.sqrt(base / mix.rank) / n
+        for row, u in zip(rows, up @ mix.u)])
 
 
 def with_extra(matrix: torch.Tensor, extra: int) -> torch.Tensor:

@@ -102,8 +102,8 @@ class LaViT(MapBackbone, BaseModule):
             're_attention' (plain reuse, and DeepViT's Re-Attention on the
             attention map, which is then built). Defaults to 'token_mix'.
         mixing (str): Theta and Psi: 'full', matrices of all tokens of the base
-            grid, or 'low_rank', ``I + U V^T / sqrt(n rank)`` with rows scaled to norm
-            1, which is cheaper (our choice). Defaults to 'full'.
+            grid, or 'low_rank', ``I + U V^T / sqrt(n rank)``, bounded as 'full' is and
+            cheaper (our choice). Defaults to 'full'.
         mixing_rank (int): Columns of U and V of 'low_rank'. Defaults to 16.
         dp_loss (dict, optional): Arguments of the diagonality-preserving loss
             (`DiagonalityPreservingLoss`), ``dict()`` for its defaults. Models

@@ -13,13 +13,13 @@ from .grid import Grid, to_map, to_tokens
 from .tracing import is_exporting
 
 MIXINGS = ('full', 'low_rank')
-DEFAULT_RANK = 16  # our choice: a sixth of the full product at 14 x 14 tokens
+DEFAULT_RANK = 16  # our choice: a fifth of the full product at 14 x 14 tokens
 MAX_ROW_SUM = 1.5  # our choice, measured: docs/reports/dp_loss.md
 
 
-def excess(rows: Tensor) -> Tensor:
-    """How far absolute sums of rows (n, m) of norm 1 are above `MAX_ROW_SUM`: (n, 1)."""
-    return (rows.abs().sum(1, keepdim=True) / MAX_ROW_SUM).clamp_min(1)
+def bound(norms: Tensor, sums: Tensor) -> Tensor:
+    """What divides rows of these norms and absolute sums, all (n, 1): see `TokenMix`."""
+    return torch.maximum(norms, sums / MAX_ROW_SUM)
 
 
 def mix_heads(x: Tensor, mix: Tensor) -> Tensor:
@@ -44,8 +44,8 @@ class TokenMix(nn.Module):
       alike.
     - The rows of M are scaled to norm 1, which keeps the variance of scores that are
       uncorrelated between tokens.
-    - Rows whose absolute entries sum to more than 1.5 are scaled down to that: no score
-      becomes larger than 1.5 times the largest, however correlated they are.
+    - Rows whose absolute entries then sum to more than 1.5 are scaled down to that. So
+      M makes no score larger than 1.5 times the largest, however correlated they are.
 
     W starts at zero, so that a fresh LA layer repeats its predecessor's attention.
 
@@ -70,8 +70,9 @@ class TokenMix(nn.Module):
         n = len(self.weight)
         centred = self.weight - self.weight.mean(dim=1, keepdim=True)
         identity = torch.eye(n, dtype=centred.dtype, device=centred.device)
-        rows = F.normalize(identity + centred * n**-0.5, dim=1)
-        return rows / excess(rows)
+        rows = identity + centred * n**-0.5
+        return rows / bound(rows.norm(dim=1, keepdim=True),
+                            rows.abs().sum(1, keepdim=True))
 
     def _on_base(self, x: Tensor, extra: int = 0) -> Tensor:
         """M x; x (B, extra + n, C), whose first ``extra`` tokens stay."""
@@ -99,8 +100,8 @@ class TokenMix(nn.Module):
 class LowRankMix(TokenMix):
     """Theta or Psi of low rank: a cheaper `TokenMix` (our choice).
 
-    M is ``I + U V^T / sqrt(n rank)`` with rows scaled to norm 1; U and V are (n, rank)
-    and the columns of V have a mean of zero. So it has the bounds of `TokenMix`. The
+    M is ``I + U V^T / sqrt(n rank)`` with the bounds of `TokenMix`; U and V are (n, rank)
+    and the columns of V have a mean of zero. The
     rank is in the scale because an entry of U V^T is a sum over it: without, scores grew
     with the learning rate (our choice, see docs/reports/dp_loss.md). M is applied as two
     thin products. The norms are the roots of ``1 + 2 u.v + u (V^T V) u^T``, for the rows
@@ -137,18 +138,18 @@ class LowRankMix(TokenMix):
             maps, grid, mode='bilinear', align_corners=False).flatten(2)[0].T
 
     def _bounded(self, grid: Grid) -> Tuple[Tensor, Tensor, Tensor]:
-        """U (N, rank), V scaled (N, rank), and what rows are divided by (N, 1)."""
-        above = excess(self._rows())
-        u, v, norms = self._factors(grid)
-        if is_exporting() or tuple(grid) != self.base_grid:
-            above = self._resized(above, grid)
-        return u, v, norms * above
-
-    def _rows(self) -> Tensor:
-        """M before the bound of its rows' sums, (n, n)."""
+        """U (N, rank), V scaled (N, rank), and what divides the rows (N, 1)."""
         u, v, norms = self._factors(self.base_grid)
-        identity = torch.eye(len(u), dtype=u.dtype, device=u.device)
-        return (identity + u @ v.T) / norms
+        with torch.autocast(u.device.type, enabled=False):
+            sums = self._rows(u, v).abs().sum(1, keepdim=True)
+        if is_exporting() or tuple(grid) != self.base_grid:
+            sums = self._resized(sums, grid)
+            u, v, norms = self._factors(grid)
+        return u, v, bound(norms, sums)
+
+    def _rows(self, u: Tensor, v: Tensor) -> Tensor:
+        """M before it is bounded, (n, n)."""
+        return torch.eye(len(u), dtype=u.dtype, device=u.device) + u @ v.T
 
     def _factors(self, grid: Grid) -> Tuple[Tensor, Tensor, Tensor]:
         """U (N, rank), V scaled (N, rank), and the norms of the rows (N, 1)."""
@@ -165,8 +166,8 @@ class LowRankMix(TokenMix):
 
     def matrix(self) -> Tensor:
         """M, (n, n)."""
-        rows = self._rows()
-        return rows / excess(rows)
+        u, v, divisors = self._bounded(self.base_grid)
+        return self._rows(u, v) / divisors
 
     def forward(self, x: Tensor, grid: Grid, extra: int = 0) -> Tensor:
         """(B, extra + N, C) -> the same; the last N tokens lie on ``grid``."""

@@ -123,7 +123,7 @@ def test_backbone_at_sizes_that_are_not_the_examples(options, tmp_path):
     assert half.stat().st_size < path.stat().st_size
     programs.to_pt2(program, pt2)
     assert worst(pt2, 'torch') < 1e-5
-    assert pt2.stat().st_size < 1e6  # so without the example
+    assert pt2.stat().st_size < 2e6  # so without the example, of 80 MB
     operators = dict(programs.count_operators(path))
     assert operators['Softmax'] == operators['Gelu'] == sum(part.backbone.arch['depths'])
     if not options:

@@ -18,7 +18,7 @@ MAX_ROW_SUM = 1.5  # our choice, measured: docs/reports/dp_loss.md
 
 
 def bound(norms: Tensor, sums: Tensor) -> Tensor:
-    """What divides rows of these norms and absolute sums, all (n, 1): see `TokenMix`."""
+    """What divides rows of these norms and absolute sums, all (n, 1)."""
     return torch.maximum(norms, sums / MAX_ROW_SUM)
 
 
@@ -38,7 +38,8 @@ class TokenMix(nn.Module):
     in Psi it would cancel in the softmax. Tokens outside of the grid, such as a class
     token, are left as they are (our choice): they have their own rows and columns.
 
-    M is ``I + W / sqrt(n)``, with three bounds, whatever the optimizer does (our choice):
+    M is ``I + W / sqrt(n)`` with three bounds, whatever the optimizer does (our
+    choice):
 
     - The rows of W have a mean of zero, so that it adds nothing to scores that are all
       alike.
@@ -100,13 +101,13 @@ class TokenMix(nn.Module):
 class LowRankMix(TokenMix):
     """Theta or Psi of low rank: a cheaper `TokenMix` (our choice).
 
-    M is ``I + U V^T / sqrt(n rank)`` with the bounds of `TokenMix`; U and V are (n, rank)
-    and the columns of V have a mean of zero. The
-    rank is in the scale because an entry of U V^T is a sum over it: without, scores grew
-    with the learning rate (our choice, see docs/reports/dp_loss.md). M is applied as two
-    thin products. The norms are the roots of ``1 + 2 u.v + u (V^T V) u^T``, for the rows
-    u, v of U and V / sqrt(n rank). The sums of absolute entries are those on the base
-    grid, where M is built for them, without the tokens.
+    M is ``I + U V^T / sqrt(n rank)`` with the bounds of `TokenMix`; U and V are (n,
+    rank) and the columns of V have a mean of zero. The rank is in the scale because
+    an entry of U V^T is a sum over it: without, scores grew with the learning rate
+    (our choice, see docs/reports/dp_loss.md). M is applied as two thin products. The
+    norms are the roots of ``1 + 2 u.v + u (V^T V) u^T``, for the rows u, v of U and V
+    / sqrt(n rank). The sums of absolute entries are those on the base grid, where M
+    is built for them, without the tokens.
 
     On another grid U, V and the sums are resized bilinearly, where `TokenMix` resizes
     tokens; V is scaled so that a product with it stays a mean.

@@ -47,6 +47,8 @@ class TokenMix(nn.Module):
       uncorrelated between tokens.
     - Rows whose absolute entries then sum to more than 1.5 are scaled down to that. So
       M makes no score larger than 1.5 times the largest, however correlated they are.
+      On another grid the factor is 3.5, for there the rows of M - I, which sum to at
+      most 2.5, are added to the identity.
 
     W starts at zero, so that a fresh LA layer repeats its predecessor's attention.
 

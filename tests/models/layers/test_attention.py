@@ -157,6 +157,16 @@ def test_mixing_bounds_the_size_of_scores_whatever_its_weights(std):
         rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize('diagonal', [0., -1e4])  # the second nearly attains the bound
+def test_mixing_bounds_the_size_of_scores_on_another_grid(diagonal):
+    mix = TokenMix((7, 7))
+    nn.init.normal_(mix.weight)
+    with torch.no_grad():
+        mix.weight += diagonal * torch.eye(49)
+        rows = mix(torch.eye(28 * 5)[None], (28, 5))[0]
+    assert (2.8 if diagonal else 0) < rows.abs().sum(1).max() < 3.5
+
+
 def test_downsampling_keeps_the_size_of_scores_and_cannot_vanish():
     downsample = AttentionDownsample(5, 7, 2)
     heads = torch.randn(2, 5, 64, 9)

@@ -43,14 +43,15 @@ def small_lavit(**kwargs) -> nn.Module:
         LaViT(**{**dict(arch=ARCH, pretrain_img_size=64), **kwargs})).eval()
 
 
-def stock_pvt(arch: dict, std: float = 0.1) -> nn.Module:
+def stock_pvt(arch: dict, std: float = 0.1, **kwargs) -> nn.Module:
     """mmdet's PVTv2 of these widths and depths, in float64, with random weights."""
     from mmdet.models.backbones.pvt import PyramidVisionTransformerV2
     model = PyramidVisionTransformerV2(
         embed_dims=arch['embed_dims'][0],  # those of one head, times num_heads
         num_layers=arch['depths'],
         num_heads=arch['num_heads'],
-        mlp_ratios=arch['mlp_ratios'])
+        mlp_ratios=arch['mlp_ratios'],
+        **kwargs)
     randomise(model, std)
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):

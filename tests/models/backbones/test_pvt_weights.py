@@ -1,8 +1,11 @@
 """PVTv2's weights in LaViT: what a LaViT with them computes, and what it refuses."""
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 from mmdet.models.backbones.pvt import pvt_convert
+from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmpretrain.registry import MODELS
 from torch import nn
@@ -13,6 +16,7 @@ from mmlavit.analysis.observe import observe_layers
 from mmlavit.models.backbones.arch import ARCHS
 from mmlavit.models.backbones.pvt_weights import to_lavit_names
 
+ROOT = Path(__file__).parents[3]
 SIZES = ((64, 64), (32, 96))
 SMALL = dict(
     ARCHS['pvtv2_b0'],
@@ -73,6 +77,22 @@ def test_the_twin_of_lavit_n_is_a_pvtv2():
     arch = dict(ARCHS['nano'], mlp_ratios=(4, 4, 4, 4))
     stock, model = stock_pvt(arch), all_va(arch, attn_residual=False)
     model.load_state_dict(stock.state_dict())
+    assert largest_difference(model, stock) < 1e-12
+
+
+def test_the_twin_of_the_cued_digits_network_is_a_pvtv2():
+    """Its two stages are the first two of one."""
+    backbone = Config.fromfile(ROOT / 'configs/ablation/lavit-cued.py').model.backbone
+    arch, sr_ratios = backbone.arch, backbone.sr_ratios
+    more = dict(depths=(1, 1), num_heads=(4, 4), mlp_ratios=(4, 4))
+    stock = stock_pvt(
+        dict(embed_dims=arch.embed_dims,
+             **{key: (*arch[key], *values) for key, values in more.items()}),
+        sr_ratios=(*sr_ratios, 1, 1), out_indices=(1, ))
+    model = all_va(arch, attn_residual=False, sr_ratios=sr_ratios, out_indices=(1, ))
+    missing, unexpected = model.load_state_dict(stock.state_dict(), strict=False)
+    assert not missing and all(name[:9] in ('layers.2.', 'layers.3.')
+                               for name in unexpected)
     assert largest_difference(model, stock) < 1e-12
 
 

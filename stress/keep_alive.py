@@ -10,6 +10,7 @@ asymmetry, the share of rows whose diagonal is the largest, and the deviation of
 scores over keys.
 """
 import argparse
+import math
 from pathlib import Path
 from typing import Callable, List, Tuple
 
@@ -51,13 +52,17 @@ def build(twin: bool, seed: int, **options) -> LaViT:
 
 
 def train(model: LaViT, head: nn.Module, data: Tuple[Tensor, Tensor], lr: float,
-          steps: int, seed: int) -> None:
+          steps: int, seed: int, falling: float) -> None:
+    """``falling``: the weight of the DP loss at the first step, 0 at the last."""
     random = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(
         [*model.parameters(), *head.parameters()], lr, weight_decay=.05,
         foreach=True)
     for step in range(steps):
         optimizer.param_groups[0]['lr'] = lr * min(1, (step + 1) / 50)
+        if falling:
+            model.dp_loss.loss_weight = (
+                falling * (1 + math.cos(math.pi * step / steps)) / 2)
         chosen = torch.randint(len(data[0]), (64, ), generator=random)
         x = data[0][chosen]
         if torch.rand((), generator=random) < .5:
@@ -103,6 +108,8 @@ def main() -> None:
                         help="the DP loss's; default none; e.g. --form preserve")
     parser.add_argument('--weight', type=float, default=.1,
                         help="the DP loss's; default %(default)s; e.g. --weight 1")
+    parser.add_argument('--decay', action='store_true',
+                        help='the weight falls to 0 along a cosine; default off')
     parser.add_argument('--twin', action='store_true',
                         help='all layers VA; default off')
     parser.add_argument('--mixing', choices=MIXINGS, default='full',
@@ -120,6 +127,8 @@ def main() -> None:
     parser.add_argument('--seeds', type=int, nargs='+', default=[0],
                         help='default 0; e.g. --seeds 0 1 2')
     args = parser.parse_args()
+    if args.decay and not args.form:
+        parser.error('--decay: expected a DP loss with it, e.g. --form preserve')
     torch.set_num_threads(1)
     data, held_out = read(args.data / 'train'), read(args.data / 'test')
     rows = []
@@ -128,7 +137,8 @@ def main() -> None:
         model = build(args.twin, seed, dp_loss=dp_loss, mixing=args.mixing,
                       transform=args.transform, pretrain_img_size=args.base_size)
         head = nn.Linear(ARCH['embed_dims'][-1], 10)
-        train(model, head, data, args.lr, args.steps, seed)
+        train(model, head, data, args.lr, args.steps, seed,
+              args.weight if args.decay else 0)
         rows.append({'seed': seed, **test(model, head, held_out)})
     print(markdown_table(rows))
 

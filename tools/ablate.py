@@ -1,12 +1,12 @@
 """Which part of LaViT does what: a grid of variants under one budget.
 
     python tools/ablate.py CONFIG DATA --epochs 30 --seeds 0 1 2 --size 64
-    python tools/ablate.py configs/retinanet_lavit_digits.py --only LaViT "no DP loss"
+    python tools/ablate.py configs/retinanet_lavit_digits.py --only LaViT "DP loss"
 
 Trains every variant (``--only`` chooses) with every seed and tests it. CONFIG is of a
-classifier, detector or segmentor with LaViT that trains by epochs. "LaViT" has the DP
-loss, also where CONFIG has none; "no DP loss", "identity", "re-attention", the twin and
-the controls are without it. With DATA, a folder with ``train/CLASS/*`` and ``val/CLASS/*``
+classifier, detector or segmentor with LaViT that trains by epochs. Only the variants
+named after the DP loss have it, with its defaults but for what the name says, whatever
+CONFIG has. With DATA, a folder with ``train/CLASS/*`` and ``val/CLASS/*``
 or ``test/CLASS/*``, CONFIG is a classifier's, of which the model is taken; images are
 resized, and for training cropped and flipped. The learning rate warms up in 50 steps and
 falls along a cosine, whatever CONFIG has. Weights begin at random. What is done is
@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 from typing import List
 
-VARIANTS = ('LaViT', 'no DP loss', 'DP loss, weight 0.01', 'DP loss, weight 1',
+VARIANTS = ('LaViT', 'DP loss', 'DP loss, weight 0.01', 'DP loss, weight 1',
             'DP loss, bounded', 'DP loss, margin 1', 'DP loss, paper form',
             'identity', 're-attention', 'low-rank mixing', 'no residual',
             'LA one stage earlier', 'LA stages only', 'all VA (the twin)',
@@ -75,7 +75,7 @@ def parse_args() -> argparse.Namespace:
         '--only', nargs='+', choices=VARIANTS, default=VARIANTS,
         metavar='VARIANT',
         help=f'some of: {"; ".join(VARIANTS)} (a control, on DATA alone); default: '
-        'all; e.g. --only LaViT "no DP loss"')
+        'all; e.g. --only LaViT "DP loss"')
     parser.add_argument(
         '--seeds', type=int, nargs='+', default=[0, 1, 2], metavar='SEED',
         help='a training of every variant for each; default: 0 1 2; e.g. '

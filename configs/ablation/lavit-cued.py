@@ -17,6 +17,5 @@ model = dict(
             patch_sizes=(7, 3),
             strides=(4, 2)),
         sr_ratios=(2, 1),
-        out_indices=(1, ),
-        dp_loss=dict()),
+        out_indices=(1, )),
     head=dict(in_channels=64))

@@ -14,6 +14,5 @@ model = dict(
             patch_sizes=(3, 3, 3),
             strides=(2, 2, 2)),
         sr_ratios=(4, 2, 1),
-        out_indices=(2, ),
-        dp_loss=dict()),
+        out_indices=(2, )),
     head=dict(in_channels=128))

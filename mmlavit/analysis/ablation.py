@@ -41,29 +41,25 @@ def all_va(depths: List[int], va: List[int]) -> List[int]:
     return list(depths)
 
 
-# Changes to the config's backbone; num_va_layers by a rule.
+# Changes to the config's backbone without its DP loss; num_va_layers by a rule.
 VARIANTS: Dict[str, dict] = {
     'LaViT': {},
-    'no DP loss': dict(dp_loss=None),
+    'DP loss': dict(dp_loss=dict()),
     'DP loss, weight 0.01': dict(dp_loss=dict(loss_weight=0.01)),
     'DP loss, weight 1': dict(dp_loss=dict(loss_weight=1.)),
     'DP loss, bounded': dict(dp_loss=dict(form='bounded')),
     'DP loss, margin 1': dict(dp_loss=dict(form='bounded', margin=1.)),
     'DP loss, paper form': dict(dp_loss=dict(form='paper', loss_weight=1e-4)),
-    # The DP loss is on Theta and Psi, which these lack.
-    'identity': dict(transform='identity', dp_loss=None),
-    're-attention': dict(transform='re_attention', dp_loss=None),
+    'identity': dict(transform='identity'),
+    're-attention': dict(transform='re_attention'),
     'low-rank mixing': dict(mixing='low_rank'),
     'no residual': dict(attn_residual=False),
     'LA one stage earlier': dict(num_va_layers=one_earlier),
     'LA stages only': dict(num_va_layers=stages_only),
-    'all VA (the twin)': dict(num_va_layers=all_va, attn_residual=False,
-                              dp_loss=None),
+    'all VA (the twin)': dict(num_va_layers=all_va, attn_residual=False),
     # Controls: how much of an accuracy is due to attention?
-    'uniform in the place of LA': dict(num_va_layers=all_va, attn_residual=False,
-                                       dp_loss=None),
-    'uniform everywhere': dict(num_va_layers=all_va, attn_residual=False,
-                               dp_loss=None),
+    'uniform in the place of LA': dict(num_va_layers=all_va, attn_residual=False),
+    'uniform everywhere': dict(num_va_layers=all_va, attn_residual=False),
     'ResNet': dict(type='ResNet', depth=18, out_indices=(3, )),
 }
 RESNET_PARAMS = 11.2e6  # of ResNet-18 with 64 channels at first
@@ -178,13 +174,12 @@ def make_config(grid: Grid, variant: str, seed: int) -> Config:
 
 
 def set_backbone(model: dict, variant: str, arch: dict) -> None:
-    """A variant's; with the DP loss where the config has none."""
+    """A variant's: without a DP loss, unless the variant is one of its forms."""
     if variant == 'ResNet':
         set_resnet(model)
         return
     backbone = model.backbone
-    if backbone.get('dp_loss') is None:
-        backbone.dp_loss = dict()
+    backbone.dp_loss = None
     for key, value in VARIANTS[variant].items():
         backbone[key] = (value(arch['depths'], arch['num_va_layers'])
                          if callable(value) else value)

@@ -22,8 +22,8 @@ class Network(NamedTuple):
 # Of about LaViT-N's cost. PVT and PVTv2 are mmdet's classes without less attention, in
 # the form of ours that equals them, for mmpretrain's necks refuse mmdet's lists.
 NETWORKS: Dict[str, Network] = {
-    'LaViT-N': Network(lavit('nano', dp_loss=dict()), (32, 64, 128, 192)),
-    'LaViT-N, no DP loss': Network(lavit('nano'), (32, 64, 128, 192)),
+    'LaViT-N': Network(lavit('nano'), (32, 64, 128, 192)),
+    'LaViT-N, DP loss': Network(lavit('nano', dp_loss=dict()), (32, 64, 128, 192)),
     'LaViT-N, identity': Network(
         lavit('nano', transform='identity'), (32, 64, 128, 192)),
     'LaViT-N, Re-Attention': Network(

@@ -161,11 +161,23 @@ def test_variants_are_what_they_are_called():
         'uniform in the place of LA': [2, 4, 4],
         'uniform everywhere': [2, 4, 4]
     }
-    assert VARIANTS['all VA (the twin)']['dp_loss'] is None
     for name in ('tiny', 'small', 'base'):
         arch = resolve_arch(name, None, (8, 4, 2, 1))
         earlier = ablation.one_earlier(arch['depths'], arch['num_va_layers'])
         assert sum(earlier) < sum(arch['num_va_layers'])
+
+
+def test_the_dp_loss_is_in_the_variants_named_after_it():
+    """Whatever the config has."""
+    for own in (None, dict(form='bounded')):
+        for name in VARIANTS:
+            model = Config(dict(head=dict(), backbone=dict(
+                type='LaViT', arch=ARCH, sr_ratios=(2, 1), out_indices=(1, ),
+                dp_loss=own)))
+            ablation.set_backbone(model, name, ARCH)
+            loss = model.backbone.get('dp_loss')
+            assert (loss is not None) == name.startswith('DP loss'), name
+            assert name != 'DP loss' or loss == {}
 
 
 def test_every_row_names_its_data_and_budget(grid):
@@ -192,7 +204,7 @@ def test_other_configs_are_named(path, data, message):
 def test_a_detector_keeps_its_data_and_takes_the_budget(tmp_path):
     path = ROOT / 'configs/retinanet_lavit_digits.py'
     config = ablation.make_config(Grid(path, tmp_path, epochs=3, workers=0),
-                                  'no DP loss', 1)
+                                  'all VA (the twin)', 1)
     kept = Config.fromfile(path)
     assert config.train_dataloader.dataset == kept.train_dataloader.dataset
     assert config.optim_wrapper == kept.optim_wrapper

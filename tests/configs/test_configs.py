@@ -122,9 +122,9 @@ def test_config_trains_a_step_of_every_parameter(path):
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
-def test_the_dp_loss_is_off_but_in_the_ablations_and_for_the_weights(path):
+def test_the_dp_loss_is_off_but_for_the_weights(path):
     on = load(path).model.get('backbone', {}).get('dp_loss') is not None
-    assert on == (path.stem in ('lavit_n_tin100', 'lavit-narrow', 'lavit-cued', 'lavit-18'))
+    assert on == (path.stem == 'lavit_n_tin100')
 
 
 @pytest.mark.parametrize('name', [

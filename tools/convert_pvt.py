@@ -20,7 +20,9 @@ Detection and segmentation configs take the result with
 
     --cfg-options model.backbone.init_cfg.checkpoint=lavit_pvtv2-b2.pth
 
-and classification configs, which begin from nothing, with
+and retinanet_lavit_pvtv2-*.py, whose own weights have no prefix, also with
+model.backbone.init_cfg.prefix=backbone. Classification configs, which begin from
+nothing, take it with
 
     --cfg-options load_from=lavit_s_from_pvt.pth
 """

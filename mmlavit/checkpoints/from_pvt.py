@@ -103,7 +103,9 @@ def spread_layers(pvt: Weights, depths: Dict[str, int]) -> Dict[str, str]:
 def convert_file(source: Path, target: Path, arch: str,
                  num_va_layers: Optional[Sequence[int]] = None,
                  images: Optional[Path] = None) -> Tuple[Converted, int]:
-    """Converts a file into one that all configs take as a pre-training.
+    """Converts a file into one that configs take as a pre-training.
+
+    In a config's ``init_cfg`` it needs ``prefix='backbone.'``.
 
     Args:
         source (Path): PVTv2's weights, such as ``pvt_v2_b2.pth``.

@@ -224,14 +224,14 @@ class LessAttentionPVT(MapBackbone, PyramidVisionTransformer):
     """mmdet's PVT (v1) with less attention (our experiment).
 
     The paper says that less attention works with other attentions than its own, and
-    gives no figures. As in `LaViT`, each stage begins with layers of vanilla
-    attention (VA), the layers after have no Q and no K and take over the scores of the
-    layer before, mixed by Theta and Psi (LA). A stage of LA layers alone inherits the
-    scores of the stage before, downsampled. Without LA layers it is the stock class, bit
-    for bit. Names of weights are the stock's; in LA layers ``attn.attn.in_proj_*`` is
-    ``attn.attn.v.*``, and ``attn.attn.theta``, ``.psi`` and ``.downsample`` are new.
-    Checkpoints of the stock class load: what LA layers lack is dropped, and the log says
-    so. PVTv2 is served by `LaViT`'s presets ``pvtv2_b0`` to ``pvtv2_b5``.
+    gives no figures. As in `LaViT`, layers of vanilla attention (VA) come first in a
+    stage; the layers after have no Q and no K and take over the scores of the layer
+    before, mixed by Theta and Psi (LA). A stage can have LA layers alone, and then
+    inherits the scores of the stage before, downsampled. Without LA layers it is the
+    stock class, bit for bit. Names of weights are the stock's; in LA layers
+    ``attn.attn.in_proj_*`` is ``attn.attn.v.*``, and ``attn.attn.theta``, ``.psi`` and
+    ``.downsample`` are new. Checkpoints of the stock class load: what LA layers lack is
+    dropped, and the log says so. PVTv2 is served by `LaViT`'s presets ``pvtv2_b0`` to ``pvtv2_b5``.
 
     Grids of tokens must be multiples of the spatial reduction, as with images padded to
     a multiple of 32 pixels.

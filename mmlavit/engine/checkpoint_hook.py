@@ -7,8 +7,8 @@ from pathlib import Path
 import mmengine.hooks
 import torch
 from mmengine._strategy import DDPStrategy, SingleDeviceStrategy
-from mmengine.dist import (all_gather_object, get_rank, get_world_size,
-                           is_main_process)
+from mmengine.dist import (all_gather_object, broadcast_object_list, get_rank,
+                           get_world_size, is_main_process)
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
@@ -124,7 +124,10 @@ class CheckpointHook(mmengine.hooks.CheckpointHook):
     def after_val_epoch(self, runner, metrics) -> None:
         """A resumed training does not repeat a validation: no numbers are drawn."""
         set_random_states(self.states_before_val)
-        super().after_val_epoch(runner, metrics)
+        # Validation losses are each rank's own, but all must save or none.
+        first = [metrics]
+        broadcast_object_list(first)
+        super().after_val_epoch(runner, first[0])
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Turns what is not weights into plain data; adds the random states."""

@@ -3,6 +3,7 @@ from functools import partial
 from typing import List, Tuple
 
 import torch
+from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
@@ -16,8 +17,8 @@ class InvalidLossHook(Hook):
 
     Unlike mmdet's ``CheckInvalidLossHook`` it sees the losses before the
     optimizer does, so that the weights stay as the step before left them, and
-    it refuses to save weights that are not finite. It costs a few comparisons
-    of scalars that mmengine's log reads in any case.
+    it refuses to save weights that are not finite. In each step it waits for the
+    losses, and several ranks exchange one number.
     """
 
     def before_train(self, runner) -> None:
@@ -30,7 +31,7 @@ class InvalidLossHook(Hook):
 
     def check(self, runner, model: nn.Module, args: tuple, kwargs: dict,
               losses) -> None:
-        """Raises FloatingPointError if a loss is invalid."""
+        """Raises FloatingPointError if a loss of this or another rank is invalid."""
         if not model.training or not isinstance(losses, dict):
             return
         # As BaseModel.parse_losses reads them.
@@ -39,13 +40,19 @@ class InvalidLossHook(Hook):
                       (value if isinstance(value, (list, tuple)) else [value]))
             for name, value in losses.items() if 'loss' in name
         }
-        if all(torch.as_tensor(value).isfinite() for value in values.values()):
+        valid = torch.as_tensor(sum(values.values())).isfinite()
+        if everywhere(valid):
             return
+        # On all ranks: a forward may wait for the others', as with SyncBN.
+        seen = observe(model, args, kwargs)
+        if valid:
+            raise FloatingPointError(
+                f'Step {runner.iter + 1}: a loss of another rank is invalid; that '
+                "rank's message names it.")
         values = ', '.join(f'{k}={float(v):.4g}' for k, v in values.items())
         raise FloatingPointError(
-            f'Step {runner.iter + 1}: {values}. '
-            f'{describe(observe(model, args, kwargs))} The weights were not '
-            'changed by this step and nothing was saved; the last checkpoint '
+            f'Step {runner.iter + 1}: {values}. {describe(seen)} The weights were '
+            'not changed by this step and nothing was saved; the last checkpoint '
             f'is {runner.message_hub.get_info("last_ckpt", None)}. Check the '
             'data of this step, lower the learning rate, clip gradients '
             '(optim_wrapper.clip_grad) or train in bfloat16, and go on with '
@@ -63,6 +70,13 @@ class InvalidLossHook(Hook):
                     'are as they were; lower the learning rate or clip '
                     'gradients (optim_wrapper.clip_grad), and go on with '
                     '--resume.')
+
+
+def everywhere(valid: Tensor) -> bool:
+    """Whether it is so on all ranks."""
+    least = valid.int()
+    all_reduce(least, 'min')
+    return bool(least)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

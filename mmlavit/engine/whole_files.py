@@ -32,7 +32,7 @@ class WholeFileBackend(LocalBackend):
         part = f'{filepath}{suffix}'
         try:
             super().put(obj, part)
-            with open(part, 'rb') as file:
+            with open(part, 'rb+') as file:  # Windows syncs no file open for reading
                 os.fsync(file.fileno())
             os.replace(part, filepath)
         except OSError as error:

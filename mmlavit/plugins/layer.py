@@ -112,8 +112,12 @@ class ScoredLayer(Observable):
         """The stock's forward; what goes in and out beside it are arguments."""
         exchange = self.role.exchange
         exchange.begin(given, grids, wanted)
-        x = super().forward(x, *args, **kwargs)
-        return x, exchange.take()
+        try:
+            x = super().forward(x, *args, **kwargs)
+            return x, exchange.take()
+        finally:
+            # A recomputation ends within the forward, by an exception.
+            exchange.end()
 
     def _add_dp_loss(self, done: Done, grids: Grids) -> None:
         """The DP loss of this layer, recomputed where the layer is."""

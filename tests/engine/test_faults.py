@@ -9,18 +9,22 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 from builders import (ARCH, RANDOM_IMAGES, assert_same, autocast, digits_config,
-                      make_runner, train)
+                      leave_process_group, make_runner, train)
 from mmengine.config import Config
+from mmengine.dist import all_reduce
 from mmengine.fileio import dump, get_file_backend
 from mmengine.hooks import Hook
-from mmengine.logging import HistoryBuffer
+from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.model import BaseTTAModel
 from mmengine.runner.checkpoint import _load_checkpoint
+from torch import nn
 
 from mmlavit import LaViT
 from mmlavit.engine import safe_loading
@@ -540,6 +544,43 @@ def test_losses_and_states_that_are_no_tensors_are_passed_over(digits, tmp_path)
     with pytest.raises(FloatingPointError, match='loss_none=0, loss=nan'):
         hook.check(runner, model, (), {}, dict(
             loss_none=[], loss=torch.tensor(torch.nan)))
+
+
+class NeedsAllRanks(nn.Module):
+    """Its forward waits for the other ranks', as with SyncBN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+
+    def forward(self, x):
+        x = self.layer(x)
+        all_reduce(x.detach().mean(), 'mean')
+        return dict(loss=x.mean())
+
+
+def invalid_worker(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        'gloo', f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
+    model = NeedsAllRanks()
+    runner = SimpleNamespace(model=model, iter=4, message_hub=MessageHub('invalid'))
+    InvalidLossHook().before_train(runner)
+    for value in ([0., 0.], [0., torch.nan]):
+        try:
+            model(torch.full((2, 1), value[rank]))
+        except FloatingPointError as error:
+            Path(folder, f'{rank}.txt').write_text(str(error))
+    leave_process_group()
+
+
+def test_an_invalid_loss_of_one_rank_stops_all_and_is_named(tmp_path, free_port):
+    mp.spawn(invalid_worker, (free_port, str(tmp_path)), nprocs=2)
+    assert (tmp_path / '0.txt').read_text().startswith(
+        'Step 5: a loss of another rank is invalid')
+    message = (tmp_path / '1.txt').read_text()
+    assert message.startswith('Step 5: loss=nan.')
+    assert 'first that is not finite is of layer' in message
 
 
 def test_invalid_weights_are_not_saved(digits, tmp_path):

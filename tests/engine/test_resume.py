@@ -150,6 +150,19 @@ def test_the_better_checkpoint_is_written_before_the_best_is_removed(
     assert load_from_local(str(tmp_path / 'epoch_2.pth'))['optimizer']
 
 
+def test_all_ranks_take_the_first_ones_metrics(digits, tmp_path, monkeypatch):
+    """Else some would save the best checkpoint and wait for the others."""
+    def from_the_first(values):
+        values[:] = [dict(values[0], acc=99.)]
+
+    monkeypatch.setattr(checkpoint_hook, 'broadcast_object_list', from_the_first)
+    config = random_config(digits, default_hooks__checkpoint=dict(
+        type='CheckpointHook', interval=1, save_best='acc'))
+    runner = make_runner(config, tmp_path)
+    runner.train()
+    assert runner.message_hub.get_info('best_score') == 99.
+
+
 # The optimizer --------------------------------------------------------------
 STOCK, MERGED = 'DefaultOptimWrapperConstructor', 'MergedGroupsConstructor'
 

@@ -205,6 +205,17 @@ def test_scores_are_not_held_after_a_forward(name):
     assert not layers[0].role.handover._handed
 
 
+@pytest.mark.parametrize('name', NAMES)
+def test_recomputed_scores_are_not_held_after_a_backward(name):
+    model, _ = converted(name, with_cp=True)
+    gradients(model, image(CASES[name].sizes[0]))
+    layers = [module for module in model.modules() if hasattr(module, 'role')]
+    assert layers and all(layer.role.recomputes for layer in layers)
+    for layer in layers:
+        assert not any(isinstance(x, (torch.Tensor, tuple))
+                       for x in vars(layer.role.exchange).values())
+
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('mixing', BOTH)
 @pytest.mark.parametrize('name', NAMES)

@@ -23,8 +23,19 @@ def attend_matrix(scores: Tensor, v: Tensor, dropout: float) -> Tensor:
     return attn.to(v.dtype) @ v
 
 
+def is_empty(q: Tensor) -> bool:
+    """Whether there are no images, which not every fused kernel takes.
+
+    On GPUs some of torch before 2.10 refuse them in half precision; torch 2.14's gives
+    the mask no gradient.
+    """
+    return not is_exporting() and len(q) == 0
+
+
 def attend_factors(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """Of S = q k^T, never built; q (B, heads, N, D), k and v (B, heads, M, D or d)."""
+    if is_empty(q):
+        return attend_matrix(q @ k.mT, v, dropout)
     dims = v.shape[-1]
     if v.device.type == 'cpu' and q.shape[-1] != dims:
         # Its fused kernel asks for equal widths; the fallback builds S.
@@ -37,8 +48,7 @@ def attend_factors(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 def attend_sum(q: Tensor, k: Tensor, scores: Tensor, v: Tensor,
                dropout: float) -> Tensor:
     """Of S = q k^T + ``scores`` (B, heads, N, M), as the mask of a fused kernel."""
-    if not is_exporting() and len(q) == 0:
-        # There the kernel of torch 2.14 gives the mask no gradient.
+    if is_empty(q):
         return attend_matrix(q @ k.mT + scores, v, dropout)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=scores, dropout_p=dropout, scale=1.)

@@ -158,9 +158,7 @@ class Exchange:
 
     def take(self) -> Done:
         """What the attention left, at the end of the call."""
-        done = Done(unpack(self._inherited), unpack(self._scores), self._attention)
-        self.end()
-        return done
+        return Done(unpack(self._inherited), unpack(self._scores), self._attention)
 
     def end(self) -> None:
         """Forgets all."""

@@ -24,6 +24,8 @@ class Network(NamedTuple):
 NETWORKS: Dict[str, Network] = {
     'LaViT-N': Network(lavit('nano'), (32, 64, 128, 192)),
     'LaViT-N, DP loss': Network(lavit('nano', dp_loss=dict()), (32, 64, 128, 192)),
+    'LaViT-N, bounded DP loss': Network(
+        lavit('nano', dp_loss=dict(form='bounded')), (32, 64, 128, 192)),
     'LaViT-N, identity': Network(
         lavit('nano', transform='identity'), (32, 64, 128, 192)),
     'LaViT-N, Re-Attention': Network(

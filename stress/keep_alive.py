@@ -83,7 +83,7 @@ def test(model: LaViT, head: nn.Module, data: Tuple[Tensor, Tensor]) -> dict:
     right = sum((head(model(x)[0].mean((2, 3))).argmax(1) == y).sum().item()
                 for x, y in zip(data[0].split(250), data[1].split(250)))
     with observe_layers(model, layers.append):
-        model(data[0][::len(data[0]) // 64][:64])
+        model(data[0][::max(1, len(data[0]) // 64)][:64])
     maps = [layer.region_map() for layer in layers]
 
     def by_layer(measure: Callable, of: list, digits: str = '.2f') -> str:
@@ -136,7 +136,7 @@ def main() -> None:
     for seed in args.seeds:
         model = build(args.twin, seed, dp_loss=dp_loss, mixing=args.mixing,
                       transform=args.transform, pretrain_img_size=args.base_size)
-        head = nn.Linear(ARCH['embed_dims'][-1], 10)
+        head = nn.Linear(ARCH['embed_dims'][-1], int(data[1].max()) + 1)
         train(model, head, data, args.lr, args.steps, seed,
               args.weight if args.decay else 0)
         rows.append({'seed': seed, **test(model, head, held_out)})

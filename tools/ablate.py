@@ -132,8 +132,14 @@ def check_data(parser: argparse.ArgumentParser, data: Path) -> None:
                      'test/CLASS/*')
     if not any(path.is_dir() for path in (data / 'train').iterdir()):
         parser.error(f'{data}/train: no folders in it, expected one a class')
-    if not any((data / split).is_dir() for split in ('val', 'test')):
+    tests = [data / split for split in ('val', 'test') if (data / split).is_dir()]
+    if not tests:
         parser.error(f'{data}: expected val/CLASS/* or test/CLASS/* beside train')
+    train, test = ({path.name for path in folder.iterdir() if path.is_dir()}
+                   for folder in (data / 'train', tests[0]))
+    if train != test:
+        parser.error(f'{tests[0]}: expected the class folders of {data}/train, but '
+                     f'{", ".join(sorted(train ^ test)[:3])} are in one of them alone')
 
 
 def main() -> None:

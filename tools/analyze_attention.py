@@ -197,6 +197,10 @@ def parse_args() -> argparse.Namespace:
         '--device', metavar='NAME',
         help='default: cuda where there is a GPU, else cpu; e.g. --device cpu')
     args = parser.parse_args()
+    for name in ('max_images', 'batch_size'):
+        if getattr(args, name) < 1:
+            parser.error(f'--{name.replace("_", "-")} {getattr(args, name)}: expected '
+                         'at least 1')
     if args.labels and len(args.labels) != 1 + bool(args.compare):
         parser.error(f'--labels {" ".join(args.labels)}: expected one for each of '
                      f'the {1 + bool(args.compare)} models')

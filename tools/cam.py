@@ -57,20 +57,22 @@ def main() -> None:
     # After parsing: it takes seconds, which --help need not wait for.
     import mmcv
     import torch
-    from mmengine.config import Config
 
     import mmlavit  # noqa: F401  (registers LaViT)
-    from mmlavit.analysis.building import build_model, class_names, load_weights
+    from mmlavit.analysis.building import (build_model, class_names, load_weights,
+                                           read_config)
     from mmlavit.analysis.cam import draw_cam
-    from mmlavit.analysis.images import UnreadableImage, find_images, picture_name
+    from mmlavit.analysis.images import (UnreadableImage, find_images, picture_name,
+                                         root_of)
     device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    config = Config.fromfile(args.config)
     try:
+        config = read_config(args.config)
         model = build_model(config)
         names = class_names(config, load_weights(model, args.checkpoint))
         model.eval().to(device)
-        root = args.images if args.images.is_dir() else args.images.parent
-        for file in find_images(args.images, args.max_images):
+        files, drawn = find_images(args.images, args.max_images), 0
+        root = root_of(args.images, files)
+        for file in files:
             try:
                 picture, label, score = draw_cam(
                     model, file, args.category, args.map, args.size)
@@ -79,9 +81,12 @@ def main() -> None:
                 continue
             target = args.out / picture_name(file.relative_to(root))
             mmcv.imwrite(picture, str(target))
+            drawn += 1
             print(f'{target}: {names[label] if names else label}, score {score:.3g}')
     except (FileNotFoundError, RuntimeError, ValueError) as error:
         sys.exit(str(error))
+    if not drawn:
+        sys.exit('no image could be read')
 
 
 if __name__ == '__main__':

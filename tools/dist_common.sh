@@ -2,7 +2,7 @@
 
 launch() {  # script, processes, the script's arguments
     local script=$1 processes=$2
-    [[ $processes =~ ^[0-9]+$ ]] || { echo "$processes: expected a number of GPUs or CPU processes" >&2; exit 2; }
+    [[ $processes =~ ^[1-9][0-9]*$ ]] || { echo "$processes: expected a number of GPUs or CPU processes" >&2; exit 2; }
     python -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("torch") and u.find_spec("mmlavit")))' || {
         echo "$(command -v python) has no torch or no mmlavit: source .venv/bin/activate, which bash tools/setup_env.sh makes" >&2
         exit 1

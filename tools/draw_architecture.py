@@ -246,6 +246,7 @@ def main() -> None:
             args.out / name).text['Description'] != describe(plans)]
         sys.exit(f'stale: {", ".join(stale)}; run python '
                  'tools/draw_architecture.py' if stale else 0)
+    args.out.mkdir(parents=True, exist_ok=True)
     for name, theme in THEMES.items():
         draw(args.out / name, theme, plans)
         print(args.out / name)

@@ -11,6 +11,7 @@ class names and preprocessing. Without a checkpoint: initial weights.
 import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Dict, List, Optional
 
@@ -82,10 +83,14 @@ def main() -> None:
         print(f'exporting {args.part} of {args.config}: {part.task}', flush=True)
         program = programs.export_program(part)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        if args.out.suffix == '.pt2':
-            programs.to_pt2(program, args.out, about)
-        else:
-            write_onnx(program, part, args.out, about, args.half, images)
+        # A file that is there stays as it is until the new one is whole.
+        with tempfile.TemporaryDirectory(prefix='.', dir=args.out.parent) as folder:
+            made = Path(folder) / args.out.name
+            if args.out.suffix == '.pt2':
+                programs.to_pt2(program, made, about)
+            else:
+                write_onnx(program, part, made, about, args.half, images)
+            made.replace(args.out)
         print(f'{args.out}: {args.out.stat().st_size / 1e6:.1f} MB')
         if args.verify:
             runtime = ('torch' if args.out.suffix == '.pt2' else
@@ -98,13 +103,11 @@ def main() -> None:
 
 def load_part(config: Path, checkpoint: Optional[Path], part: str) -> tuple:
     """A part of a config's model; and what the file says of it, as JSON by name."""
-    from mmengine.config import Config
-
     import mmlavit  # noqa: F401  (registers LaViT)
     from mmlavit.analysis.building import (build_model, class_names, load_weights,
-                                           quiet)
+                                           quiet, read_config)
     from mmlavit.export import choose, metadata
-    config = Config.fromfile(config)
+    config = read_config(config)
     with quiet():
         model = build_model(config)
         names = class_names(config, load_weights(model, checkpoint))
@@ -114,18 +117,14 @@ def load_part(config: Path, checkpoint: Optional[Path], part: str) -> tuple:
 
 def write_onnx(program, part, out: Path, about: Dict[str, str], half: bool,
                images: List[Path]) -> None:
-    """Writes the whole file or none, and prints its operators."""
+    """Writes the file and prints its operators."""
     from mmlavit.export import programs, shrink
-    try:
-        programs.to_onnx(program, part, out, about)
-        if half:
-            shrink.halve_weights(out)
-        if images:
-            print(f'{quantise(out, images)} linear layers in int8')
-        operators = programs.count_operators(out)
-    except BaseException:
-        out.unlink(missing_ok=True)  # else one in float32 would be left
-        raise
+    programs.to_onnx(program, part, out, about)
+    if half:
+        shrink.halve_weights(out)
+    if images:
+        print(f'{quantise(out, images)} linear layers in int8')
+    operators = programs.count_operators(out)
     print(f'opset {programs.OPSET}, {sum(n for _, n in operators)} nodes: '
           + ', '.join(f'{n} {name}' for name, n in operators))
 

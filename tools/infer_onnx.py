@@ -63,7 +63,12 @@ class Model:
 
     def __init__(self, path: Path, runtime: str = 'onnxruntime') -> None:
         start = start_openvino if runtime == 'openvino' else start_onnxruntime
-        self.run, held = start(path)
+        try:
+            self.run, held = start(path)
+        except ImportError:
+            raise
+        except Exception as error:  # whatever a runtime may raise
+            raise ValueError(f'{path}: no model that {runtime} can run: {error}') from None
         if 'task' not in held:
             raise ValueError(
                 f'{path}: no metadata: expected a file of tools/export.py')
@@ -258,6 +263,9 @@ def average_precision(predictions: Dict[str, dict], annotations: Path) -> None:
     if unknown:
         sys.exit(f'--annotations {annotations}: {len(unknown)} of the images are not '
                  f'in it, the first {unknown[0]}')
+    if len({Path(file).name for file in predictions}) < len(predictions):
+        sys.exit('--annotations: IMAGES in different folders have the same name: expected '
+                 f'the folder of the images of {annotations} alone')
     rows = []
     for file, found in predictions.items():
         for (x1, y1, x2, y2), score, label in zip(
@@ -320,6 +328,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / 'predictions.json').write_text(json.dumps(predictions, indent=1))
     print(f'{len(predictions)} images; written to {args.out}')
+    if not predictions:
+        sys.exit('no image could be read')
     if args.annotations:
         average_precision(predictions, args.annotations)
 

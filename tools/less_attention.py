@@ -75,15 +75,14 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     # After parsing: they take seconds, which --help need not wait for.
-    from mmengine.config import Config
-
     import mmlavit  # noqa: F401
+    from mmlavit.analysis.building import read_config
     from mmlavit.analysis.conversion import Conversion, convert_and_tune
     from mmlavit.analysis.report import markdown_table, write_csv
     how = Conversion(args.layers, args.num_layers, args.min_similarity, args.mixing,
                      args.epochs, args.lr, args.rounds, args.control, args.seed)
     try:
-        rows = convert_and_tune(Config.fromfile(args.config), args.checkpoint, args.out,
+        rows = convert_and_tune(read_config(args.config), args.checkpoint, args.out,
                                 how)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))

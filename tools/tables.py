@@ -32,6 +32,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = ('classification', 'detection', 'segmentation')
+SEEDS = [0, 1, 2]
 
 
 def by_config(items: List[str]) -> Dict[str, Path]:
@@ -104,7 +105,7 @@ def parse_args() -> argparse.Namespace:
                  if getattr(args, name) != parser.get_default(name)]
         if given:
             parser.error(f'small: expected no {", ".join(given)}')
-        args.seeds, args.tasks = args.seeds or [0, 1, 2], args.tasks or list(TABLES)
+        args.seeds, args.tasks = args.seeds or SEEDS, args.tasks or list(TABLES)
         for name in ('seeds', 'tasks'):
             values = getattr(args, name)
             if len(set(values)) < len(values):
@@ -158,7 +159,9 @@ def small(only: str, tasks: Sequence[str], seeds: Sequence[int], out: Path,
     text = (f'{describe(tasks)}; from scratch, seeds '
             f'{" ".join(map(str, seeds))}.\n\n{markdown_table(rows)}\n')
     # A part of the table does not take the place of the whole.
-    part = [*(tasks if len(tasks) < len(TABLES) else []), *(only.split() if only else [])]
+    part = [*(tasks if len(tasks) < len(TABLES) else []), *only.split()]
+    if seeds != SEEDS:
+        part += ['seeds', *map(str, seeds)]
     name = '_'.join(['small', *part])
     (out / f'{name}.md').write_text(text)
     write_csv(rows, out / f'{name}.csv')
@@ -213,9 +216,10 @@ def published(args: argparse.Namespace) -> None:
         notes = [table.note, *(compare_macs(row, table) for row in rows)]
         text = '\n'.join([f'## {table.title}', '', markdown_table(cells), '',
                           *(f'- {note}' for note in notes if note)])
-        write_csv(cells, args.out / f'{name}.csv')
-        (args.out / f'{name}.md').write_text(f'{text}\n')
-        print(f'{text}\n\nwritten to {args.out}/{name}.md and .csv\n')
+        out = args.out / '_'.join([name, *args.only.split()])
+        write_csv(cells, out.with_name(f'{out.name}.csv'))
+        out.with_name(f'{out.name}.md').write_text(f'{text}\n')
+        print(f'{text}\n\nwritten to {out}.md and .csv\n')
 
 
 def run(command: List[str], failed: str, work_dir: Path) -> None:

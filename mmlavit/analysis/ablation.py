@@ -12,7 +12,7 @@ from mmengine.runner import Runner, load_checkpoint
 from torch import nn
 
 from ..models.backbones.arch import resolve_arch
-from .building import build_model
+from .building import build_model, read_config, type_name
 from .complexity import count_macs, count_parameters
 from .logs import read_scalars
 from .measures import Similarity
@@ -133,23 +133,37 @@ class Grid(NamedTuple):
 
 def check_config(path: Path, data: Optional[Path]) -> None:
     """Raises ValueError unless `make_config` can work on it."""
-    config = Config.fromfile(path)
+    config = read_config(path)
     if data is not None and config.get('default_scope') != 'mmpretrain':
         raise ValueError(f"{path}: expected a classifier's config "
                          f"(default_scope='mmpretrain') for the class folders of {data}")
     if config.model.get('backbone', {}).get('type') != 'LaViT':
         raise ValueError(f'{path}: expected a model whose backbone is LaViT')
-    if 'max_epochs' not in config.train_cfg:
+    if 'max_epochs' not in (config.get('train_cfg') or {}):
         raise ValueError(f'{path}: expected a config that trains by epochs '
                          '(train_cfg with max_epochs)')
     arch = arch_of(config.model.backbone)
     if list(arch['num_va_layers']) == list(arch['depths']):
         raise ValueError(f'{path}: expected a LaViT that has less-attention layers, '
                          f"but num_va_layers={arch['num_va_layers']} are all")
+    if data is None:
+        check_evaluator(path, config)
     if data is None and any(hook.type == 'SwitchRecipeHook'
                             for hook in config.get('custom_hooks', [])):
         raise ValueError(f'{path}: expected a config without SwitchRecipeHook, or data '
                          'of your own beside it')
+
+
+def check_evaluator(path: Path, config: Config) -> None:
+    """Raises ValueError unless the validation gives the toolbox's metric."""
+    evaluators = config.get('val_evaluator') or []
+    if isinstance(evaluators, dict):
+        evaluators = [evaluators]
+    expected = metric_of(config).evaluator
+    kinds = [type_name(evaluator.type) for evaluator in evaluators]
+    if expected not in kinds:
+        raise ValueError(f"{path}: val_evaluator {', '.join(kinds) or None}: expected "
+                         f'{expected}, by which networks are compared')
 
 
 def make_config(grid: Grid, variant: str, seed: int) -> Config:

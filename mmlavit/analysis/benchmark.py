@@ -252,12 +252,28 @@ def lay_out(images: Tensor, work: Workload) -> Tensor:
     return images.contiguous(memory_format=LAYOUTS[work.layout])
 
 
+def classes_of(detector: nn.Module) -> int:
+    """How many classes a detector of one or two stages tells apart.
+
+    Raises:
+        ValueError: If it is another kind of model.
+    """
+    head = getattr(getattr(detector, 'roi_head', detector), 'bbox_head', None)
+    if isinstance(head, nn.ModuleList):  # of a cascade
+        head = head[0]
+    if not hasattr(head, 'num_classes'):
+        raise ValueError(f'{type(detector).__name__}: expected a detector with a '
+                         'bbox_head')
+    return head.num_classes
+
+
 def detector_forward(model: nn.Module, work: Workload) -> Callable[[], List[Tensor]]:
     """From images with ten boxes each to detected boxes or to the loss."""
     from mmdet.testing import demo_mm_inputs
     n = work.batch_size
     data = demo_mm_inputs(n, [(3, *work.size)] * n, num_items=[10] * n,
-                          num_classes=model.bbox_head.num_classes)
+                          num_classes=classes_of(model),
+                          with_mask=getattr(model, 'with_mask', False))
 
     def forward() -> List[Tensor]:
         batch = model.data_preprocessor(data, work.train)

@@ -3,16 +3,39 @@ import copy
 import logging
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, List, Optional
+from typing import Iterator, List, Optional, Union
 
 import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.registry import DATASETS, MODELS, Registry, init_default_scope
 from mmengine.runner import CheckpointLoader, load_checkpoint
 from torch import nn
 
 from ..utils.weights import load_fitting
+
+
+def read_config(path: Union[str, Path]) -> Config:
+    """A config of a whole model of one of the toolboxes.
+
+    Args:
+        path (str | Path): The file.
+
+    Raises:
+        FileNotFoundError, ValueError: If it is not there, or no such config.
+    """
+    try:
+        config = Config.fromfile(path)
+    except FileNotFoundError:
+        raise
+    except OSError:  # by its suffix
+        raise ValueError(f'{path}: expected a config, a .py, .yml, .yaml or .json '
+                         'file') from None
+    for name in 'model', 'default_scope':
+        if not config.get(name):
+            raise ValueError(f'{path}: {name}={config.get(name)!r}: expected a config '
+                             'of a whole model, with default_scope such as mmdet')
+    return config
 
 
 def build_model(config: Config) -> nn.Module:
@@ -45,10 +68,11 @@ def load_model(config: str, checkpoint: str, device: str) -> nn.Module:
         device (str): Such as 'cpu' or 'cuda'.
 
     Raises:
-        FileNotFoundError, ValueError: If the checkpoint does not fit.
+        FileNotFoundError, ValueError: If the config is of no whole model, or the
+            checkpoint does not fit.
     """
     torch.manual_seed(0)
-    model = build_model(Config.fromfile(config))
+    model = build_model(read_config(config))
     model.init_weights()
     if checkpoint != 'none':
         loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
@@ -62,10 +86,23 @@ def load_model(config: str, checkpoint: str, device: str) -> nn.Module:
     return model.eval().to(device)
 
 
+def type_name(kind: Union[str, type]) -> str:
+    """The class of a ``type`` by name, without the toolbox in front."""
+    return kind.split('.')[-1] if isinstance(kind, str) else kind.__name__
+
+
+def registered(registry: Registry, kind: Union[str, type]) -> Optional[type]:
+    """The class of a ``type``: pure Python configs have the class itself there."""
+    if isinstance(kind, type):
+        return kind
+    with registry.switch_scope_and_registry(None) as scoped:  # the default scope's
+        return scoped.get(kind)
+
+
 def class_names(config: Config, checkpoint: dict) -> Optional[List[str]]:
     """From the checkpoint, else from the config, else from its data set's class."""
     dataset = (config.get('test_dataloader') or {}).get('dataset') or {}
-    stock = DATASETS.get(dataset.type) if 'type' in dataset else None
+    stock = registered(DATASETS, dataset.type) if 'type' in dataset else None
     for meta in (checkpoint.get('meta', {}).get('dataset_meta') or {},
                  dataset.get('metainfo') or {}, getattr(stock, 'METAINFO', {})):
         names = meta.get('classes', meta.get('CLASSES'))

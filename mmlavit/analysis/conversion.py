@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..plugins.add import REGISTERED, module_of_itself
 from ..plugins.choose import choose, layer_similarities
 from ..utils.checks import require
+from .building import registered
 from .complexity import count_parameters
 from .report import number
 from .timing import Spread, speed_ratio, time_in_turn
@@ -65,7 +66,7 @@ def convert_and_tune(config: Config, checkpoint: str, out: Path,
     require(not how.epochs or 'max_epochs' in (train_cfg or {}), 'train_cfg', train_cfg,
             'a config with a training of max_epochs, or epochs=0')
     config = copy.deepcopy(config)
-    config.load_from = checkpoint
+    config.load_from, config.resume = checkpoint, False
     if how.seed is not None:
         config.randomness = dict(config.get('randomness', {}), seed=how.seed)
     stock = make_runner(config, out / 'stock')
@@ -109,8 +110,7 @@ def with_less_attention(config: Config, layers: Sequence[int], mixing: str) -> C
         ValueError: If there is none for its backbone.
     """
     init_default_scope(config.default_scope)
-    with MODELS.switch_scope_and_registry(None) as registry:  # the default scope's
-        stock = registry.get(config.model.backbone.type)
+    stock = registered(MODELS, config.model.backbone.type)
     module = stock and module_of_registered(stock)
     require(module is not None, 'model.backbone.type', config.model.backbone.type,
             'VisionTransformer or SwinTransformer of mmpretrain, or '

@@ -144,7 +144,7 @@ def stated_classes(cfg, path: str = 'model') -> Iterator[Tuple[str, int]]:
         for key, value in cfg.items():
             if key == 'num_classes' and isinstance(value, int):
                 yield f'{path}.{key}={value}', value
-            elif key != 'rpn_head':  # which tells objects from background
+            elif key not in ('rpn_head', 'semantic_head'):  # of other classes
                 yield from stated_classes(value, f'{path}.{key}')
 
 

@@ -57,7 +57,7 @@ def make_once(args: Namespace, script: str, write: Callable[[Path], None]) -> No
     if is_made(out, settings):
         print(f'{out} is already there.')
         return
-    if out.exists() and any(out.iterdir()) and not (out / STAMP).is_file():
+    if out.exists() and any(out.iterdir()) and 'generator' not in read_stamp(out):
         sys.exit(f'{out} holds something else: name another folder.')
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory('.part', f'{out.name}.', out.parent) as folder:
@@ -74,5 +74,13 @@ def make_once(args: Namespace, script: str, write: Callable[[Path], None]) -> No
 
 def is_made(out: Path, settings: dict) -> bool:
     """Whether a folder has the data set of these settings."""
-    stamp = out / STAMP
-    return stamp.is_file() and json.loads(stamp.read_text()) == settings
+    return read_stamp(out) == settings
+
+
+def read_stamp(out: Path) -> dict:
+    """The settings of the data set in a folder; empty if none of ours is in it."""
+    try:
+        stamp = json.loads((out / STAMP).read_text())
+    except (OSError, ValueError):
+        return {}
+    return stamp if isinstance(stamp, dict) else {}

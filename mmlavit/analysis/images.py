@@ -48,6 +48,14 @@ def find_images(images: Union[str, Path], limit: Optional[int] = None) -> List[P
     return [files[i * len(files) // count] for i in range(count)]
 
 
+def root_of(images: Union[str, Path], files: Sequence[Path]) -> Path:
+    """The folder below which `find_images` found files: the innermost of a pattern."""
+    if Path(images).is_dir():
+        return Path(images)
+    return next(folder for folder in files[0].parents
+                if all(folder in file.parents for file in files))
+
+
 def read_image(file: Path, size: Optional[Tuple[int, int]] = None) -> np.ndarray:
     """An image file as BGR bytes (H, W, 3), resized to (H, W) if that is given.
 

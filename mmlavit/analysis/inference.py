@@ -7,10 +7,14 @@ import mmcv
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.runner import CheckpointLoader
+from torch import nn
 from tqdm import tqdm
 
-from .building import quiet
-from .images import UnreadableImage, find_images, picture_name, read_image
+from ..utils.weights import load_fitting
+from .building import quiet, read_config
+from .images import (UnreadableImage, find_images, picture_name, read_image,
+                     root_of)
 
 
 def infer(config: Path, checkpoint: Path, images: str, out: Path,
@@ -34,14 +38,15 @@ def infer(config: Path, checkpoint: Path, images: str, out: Path,
 
     Raises:
         FileNotFoundError: If there are no images.
-        ValueError: If the config is of no toolbox.
+        ValueError: If the config is of no toolbox, or the checkpoint lacks weights of
+            the model.
     """
     files = find_images(images)
-    root = Path(images) if Path(images).is_dir() else common_folder(files)
+    root = root_of(images, files)
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     predictions, skipped = {}, []
     with quiet(), tqdm(total=len(files), unit='image', disable=None) as bar:
-        predict = build(Config.fromfile(config), checkpoint, device, score_thr)
+        predict = build(read_config(config), checkpoint, device, score_thr)
         for batch in readable_batches(files, batch_size, skipped):
             for file, (result, picture) in zip(batch, predict(batch)):
                 name = file.relative_to(root)
@@ -53,12 +58,6 @@ def infer(config: Path, checkpoint: Path, images: str, out: Path,
     out.mkdir(parents=True, exist_ok=True)
     (out / 'predictions.json').write_text(json.dumps(predictions, indent=1))
     return len(predictions), skipped
-
-
-def common_folder(files: List[Path]) -> Path:
-    """The innermost folder that holds all files."""
-    return next(folder for folder in files[0].parents
-                if all(folder in file.parents for file in files))
 
 
 def readable_batches(files: List[Path], batch_size: int,
@@ -94,10 +93,24 @@ def build(config: Config, checkpoint: Path, device: str,
     return builders[toolbox](config, str(checkpoint), device, score_thr)
 
 
+def check_weights(model: nn.Module, checkpoint: str) -> None:
+    """That the checkpoint has all of the model, which inferencers only log.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
+    found = load_fitting(model, loaded.get('state_dict', loaded))
+    if found.missing or found.sizes:
+        raise ValueError(f'{checkpoint}: expected all weights of the model: '
+                         f'{found._replace(unexpected=[]).describe()}')
+
+
 def detection(config, checkpoint, device, score_thr) -> Callable:
     from mmdet.apis import DetInferencer
     inferencer = DetInferencer(
         config, checkpoint, device=device, show_progress=False)
+    check_weights(inferencer.model, checkpoint)
     names = inferencer.model.dataset_meta['classes']
 
     def predict(files: List[Path]) -> Iterator[tuple]:
@@ -114,18 +127,16 @@ def segmentation(config, checkpoint, device, score_thr) -> Callable:
     from mmseg.apis import MMSegInferencer
     inferencer = MMSegInferencer(config, checkpoint, device=device)
     inferencer.show_progress = False
+    check_weights(inferencer.model, checkpoint)
     names = inferencer.model.dataset_meta['classes']
 
     def predict(files: List[Path]) -> Iterator[tuple]:
-        result = inferencer([str(file) for file in files],
-                            batch_size=len(files), return_vis=True)
-        masks, pictures = (
-            [x] if len(files) == 1 else x
-            for x in (result['predictions'], result['visualization']))
-        for mask, picture in zip(masks, pictures):
+        for file in files:  # a batch must be of one size
+            result = inferencer([str(file)], return_vis=True)
+            mask = result['predictions']
             labels, counts = np.unique(mask, return_counts=True)
-            yield dict(shares={names[label]: count / mask.size for label, count
-                               in zip(labels, counts.tolist())}), picture
+            yield dict(shares={names[label]: count / mask.size for label, count in zip(
+                labels, counts.tolist())}), result['visualization']
 
     return predict
 
@@ -134,6 +145,7 @@ def classification(config, checkpoint, device, score_thr) -> Callable:
     from mmpretrain import ImageClassificationInferencer
     from mmpretrain.visualization import UniversalVisualizer
     inferencer = ImageClassificationInferencer(config, checkpoint, device=device)
+    check_weights(inferencer.model, checkpoint)
     visualizer = UniversalVisualizer()
 
     def predict(files: List[Path]) -> Iterator[tuple]:

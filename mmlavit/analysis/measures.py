@@ -59,7 +59,10 @@ def asymmetry(attn: Tensor) -> Tensor:
 
 
 def diagonal_largest(attn: Tensor) -> Tensor:
-    """Share of rows whose diagonal is the largest entry: 0 to 1."""
+    """Share of rows whose diagonal is the largest entry: 0 to 1.
+
+    Equal entries are all the largest, so it is 1 for a uniform map.
+    """
     diagonal = attn.diagonal(dim1=-2, dim2=-1)
     return (diagonal >= attn.amax(-1)).float().mean()
 

@@ -100,6 +100,9 @@ def count(row: Row, table: Table) -> Row:
 def make_cells(row: Row, table: Table) -> Dict[str, str]:
     """A counted row as it is written."""
     published = row.published
+    # Nothing was trained here, but its weights are in the repository.
+    known = (published.get('trained') if row.run is not None and not row.run.done
+             and not row.run.figures else None)
     cells = {
         'model': row.model,
         'config': published.get('config', ''),
@@ -117,10 +120,10 @@ def make_cells(row: Row, table: Table) -> Dict[str, str]:
         if value is not None and column[:2] == 'AP':
             value *= 100
         if value is None:
-            value = published.get('trained', {}).get(column)
+            value = (known or {}).get(column)
         cells[f'{column} trained here'] = number(value)
     cells['training'] = '' if row.run is None else str(row.run)
-    if row.run is not None and not row.run.done and 'trained' in published:
+    if known:
         cells['training'] = 'of configs/published.yml'
     return cells
 

@@ -6,14 +6,13 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 import yaml
-from mmengine.config import Config
 from mmengine.registry import MODELS as REGISTRY
 from mmengine.registry import init_default_scope
 from torch import nn
 
 from ..models.backbones.arch import ARCHS
 from ..plugins.add import REGISTERED
-from .building import build_model
+from .building import build_model, read_config, registered
 
 
 def lavit(arch: str, **kwargs) -> dict:
@@ -179,7 +178,7 @@ def expand_groups(names: Sequence[str]) -> List[str]:
 def build_detector(path: str) -> nn.Module:
     """The whole detector of a config with the weights that seed 0 gives."""
     torch.manual_seed(0)
-    return build_model(Config.fromfile(path))
+    return build_model(read_config(path))
 
 
 def backbone_config(name: str) -> dict:
@@ -187,9 +186,13 @@ def backbone_config(name: str) -> dict:
     if name in PEERS:
         config = dict(PEERS[name])
     elif Path(name).is_file():
-        file = Config.fromfile(name)
+        file = read_config(name)
+        if 'backbone' not in file.model:
+            raise ValueError(f'{name}: expected a config with model.backbone')
         init_default_scope(file.default_scope)
         config = file.model.backbone
+        if isinstance(config.type, type):  # of a pure Python config
+            config.type = f'{file.default_scope}.{config.type.__name__}'
     else:
         config = parse_name(name)
     config.pop('init_cfg', None)
@@ -199,7 +202,7 @@ def backbone_config(name: str) -> dict:
     if config['type'] in MODULES:
         importlib.import_module(
             f'mmlavit.models.backbones.{MODULES[config["type"]]}')
-    if REGISTRY.get(config['type']) is None:
+    if registered(REGISTRY, config['type']) is None:
         raise ValueError(
             f'{name}: expected the path of a config, a registered name such as LaViT or '
             f"LaViT(arch='tiny'), or one of {', '.join(PEERS)}")

@@ -1,5 +1,6 @@
 """One training in a process of its own: begun, resumed, or found complete."""
 import fcntl
+import json
 import os
 import re
 import subprocess
@@ -21,13 +22,14 @@ class Metric(NamedTuple):
     """What a toolbox's models are compared by."""
     title: str
     name: str  # the toolbox's
+    evaluator: str  # of which it is
     factor: float  # to per cent
 
 
 METRICS = dict(
-    mmpretrain=Metric('top-1', 'accuracy/top1', 1),
-    mmdet=Metric('AP', 'coco/bbox_mAP', 100),
-    mmseg=Metric('mIoU', 'mIoU', 1))
+    mmpretrain=Metric('top-1', 'accuracy/top1', 'Accuracy', 1),
+    mmdet=Metric('AP', 'coco/bbox_mAP', 'CocoMetric', 100),
+    mmseg=Metric('mIoU', 'mIoU', 'IoUMetric', 1))
 
 
 def metric_of(config: Config) -> Metric:
@@ -155,11 +157,16 @@ def progress(config: Config, work_dir: Path) -> Run:
     metric = metric_of(config)
     run = read_run(config, work_dir, dict(score=metric.name))
     if (config.default_scope == 'mmdet' and run.complete and not run.figures
-            and any(work_dir.glob('test/*/*.json'))):
+            and any(map(found_nothing, work_dir.glob('test/*/*.json')))):
         # mmdet gives no figure where a detector finds nothing in any image.
         run = run._replace(figures=dict(score=0.), figures_of=run.done)
     return run._replace(figures={
         name: value * metric.factor for name, value in run.figures.items()})
+
+
+def found_nothing(result: Path) -> bool:
+    """Whether the JSON of a test has no metric at all."""
+    return json.loads(result.read_text()).keys() <= {'time', 'data_time'}
 
 
 def last_checkpoint(config: Config, work_dir: Path) -> Path:

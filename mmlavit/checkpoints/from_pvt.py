@@ -55,13 +55,20 @@ class Converted(NamedTuple):
     fitted: Sequence[FittedLayer] = ()
 
 
-def convert(pvt: Weights, model: LaViT) -> Converted:
+def convert(pvt: Weights, model: LaViT, exact: bool = False) -> Converted:
     """PVTv2's weights in the model's names and sizes.
 
     Layers that differ in number are spread evenly; see `resize` for sizes.
 
+    Args:
+        pvt (dict[str, Tensor]): The weights.
+        model (LaViT): Whose they become.
+        exact (bool): Takes weights of the model's depths and widths alone. Defaults to
+            False.
+
     Raises:
-        ValueError: If they are not PVTv2's.
+        ValueError: If they are not PVTv2's, or, with ``exact``, of other depths or
+            widths.
     """
     naming, pvt = to_lavit_names(pvt)
     if naming is None:
@@ -69,10 +76,17 @@ def convert(pvt: Weights, model: LaViT) -> Converted:
             f'begins with {next(iter(pvt), None)!r}: expected PVTv2 weights by '
             f'the names of {", ".join(NAMINGS)} or mmpretrain')
     own = model.state_dict()
+    if exact and depths_of(pvt) != depths_of(own):
+        raise ValueError(f'has {list(depths_of(pvt).values())} layers in its stages: '
+                         f'expected {list(depths_of(own).values())}')
     sources = spread_layers(pvt, depths_of(own))
     given, dropped = for_less_attention(
         {name: pvt[source] for name, source in sources.items()},
         model.less_attention_layers())
+    differ = [f'{name} is {tuple(x.shape)}, expected {tuple(own[name].shape)}'
+              for name, x in given.items() if name in own and x.shape != own[name].shape]
+    if exact and differ:
+        raise ValueError(f'{len(differ)} sizes differ: {", ".join(differ[:3])}')
     weights = {
         name: resize_like(name, x, own[name])
         for name, x in given.items() if name in own
@@ -110,7 +124,8 @@ def convert_file(source: Path, target: Path, arch: str,
     Args:
         source (Path): PVTv2's weights, such as ``pvt_v2_b2.pth``.
         target (Path): Where to; the weights are named as a classifier's.
-        arch (str): LaViT's; with a preset 'pvtv2_*' nothing is cropped.
+        arch (str): LaViT's. A preset 'pvtv2_*' takes its own weights alone; for the
+            others, tensors are cropped.
         num_va_layers (Sequence[int], optional): As for `LaViT`.
         images (Path, optional): Folder of images to fit Theta and Psi on, see
             `mmlavit.checkpoints.fit`; for the presets 'pvtv2_*'.
@@ -120,14 +135,14 @@ def convert_file(source: Path, target: Path, arch: str,
 
     Raises:
         FileNotFoundError, ValueError: If ``source`` does not hold such weights, or
-            ``images`` too few images.
+            those of another preset, or ``images`` too few images.
     """
     torch.manual_seed(0)
     model = LaViT(arch=arch, num_va_layers=num_va_layers)
     model.init_weights()
     pvt = weights_in(load_from_local(str(source), map_location='cpu'))
     try:
-        found = convert(pvt, model)
+        found = convert(pvt, model, exact=str(arch).startswith('pvtv2_'))
         teacher = None if images is None else make_teacher(pvt, model)
     except ValueError as error:
         raise ValueError(f'{source}: {error}') from None

@@ -87,9 +87,16 @@ def halve(weights: Dict[str, Tensor], config: str, source: Path) -> Dict[str, Te
 
     Raises:
         ValueError: If the backbone's maps of a random image change by more than
-            `MAX_CHANGE` of their largest value.
+            `MAX_CHANGE` of their largest value, or a weight of any part is beyond
+            float16.
     """
     halved = {k: x.half() if x.is_floating_point() else x for k, x in weights.items()}
+    beyond = [k for k, x in weights.items()
+              if x.isfinite().all() and not halved[k].isfinite().all()]
+    if beyond:
+        raise ValueError(f'{source}: half: {beyond[0]} has values of up to '
+                         f'{weights[beyond[0]].abs().max():.3g}, beyond float16: '
+                         'publish it without half')
     try:
         model = build_model(Config.fromstring(config, '.py')).eval()
     except Exception as error:  # of other tools, a checkpoint may hold any text
@@ -113,4 +120,6 @@ def largest_change(model: nn.Module, one: Dict[str, Tensor],
     for weights in one, other:
         model.load_state_dict(weights)
         maps.append(model.backbone(image))
-    return max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(*maps))
+    # torch's max keeps a NaN.
+    return torch.stack([(a - b).abs().max() / a.abs().max()
+                        for a, b in zip(*maps)]).max().item()

@@ -1,11 +1,12 @@
 """What a runtime must know of a model, as JSON strings by name."""
 import json
 import math
-from typing import Dict, List, Optional, Union
+from typing import Dict, List, Optional
 
 from mmengine.config import Config
 from torch import nn
 
+from ..analysis.building import type_name
 from ..version import __version__
 from .parts import Part
 
@@ -48,8 +49,16 @@ def describe(part: Part, model: nn.Module, config: Config,
 
 
 def padding_of(preprocessor: nn.Module) -> int:
-    """The number that a data preprocessor pads sides to a multiple of, in a test."""
+    """The number that a data preprocessor pads sides to a multiple of, in a test.
+
+    Raises:
+        ValueError: If it pads with other values than zeros.
+    """
     in_test = getattr(preprocessor, 'test_cfg', None) or {}  # mmsegmentation's
+    value = getattr(preprocessor, 'pad_value', getattr(preprocessor, 'pad_val', 0))
+    if value != 0:
+        raise ValueError(f'data_preprocessor: pads with {value}: expected 0, as runtimes '
+                         'pad')
     return (getattr(preprocessor, 'pad_size_divisor', None)
             or in_test.get('size_divisor') or 1)
 
@@ -57,11 +66,8 @@ def padding_of(preprocessor: nn.Module) -> int:
 def preparation(config: Config) -> List[dict]:
     """The steps of the test pipeline that change images, known to a runtime or not."""
     dataset = (config.get('test_dataloader') or {}).get('dataset') or {}
+    while 'pipeline' not in dataset and ('dataset' in dataset or 'datasets' in dataset):
+        dataset = dataset.get('dataset') or dataset['datasets'][0]  # of a wrapper
     steps = dataset.get('pipeline') or []
     named = [dict(step, type=type_name(step['type'])) for step in steps]
     return [step for step in named if not step['type'].startswith(READING)]
-
-
-def type_name(kind: Union[str, type]) -> str:
-    """A step's class by name, without the toolbox in front."""
-    return kind.split('.')[-1] if isinstance(kind, str) else kind.__name__

@@ -1,4 +1,5 @@
 """Speed of exported backbones beside PyTorch's, in one run."""
+import contextlib
 import re
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Dict, List, NamedTuple, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
-from ..analysis.peers import build_backbone
+from ..analysis.peers import backbone_config, build_backbone
 from ..analysis.timing import Spread, Step, speed_ratio, time_in_turn
 from ..models.backbones.lavit import LaViT
 from .choose import choose_part
@@ -59,6 +60,9 @@ def compare(names: Sequence[str], size: Tuple[int, int, int], folder: Path,
         the speed over eager PyTorch with the same type, for 'int8' over that with
         float32: the median of the rounds' ratios.
     """
+    for name in names:  # a wrong one is named before work is done
+        with contextlib.suppress(ImportError):  # it is left out below
+            backbone_config(name)
     steps: Dict[Way, Step] = {}
     sizes = {}
     needs_files = not {'eager', 'compiled'}.issuperset(runtimes)

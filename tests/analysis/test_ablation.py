@@ -192,6 +192,7 @@ def test_every_row_names_its_data_and_budget(grid):
 @pytest.mark.parametrize('path, data, message', [
     ('retinanet_lavit_t_coco.py', Path('data'), "expected a classifier's config"),
     ('baselines/retinanet_r50_coco.py', None, 'whose backbone is LaViT'),
+    ('_base_/models/lavit_t.py', None, 'expected a config of a whole model'),
     ('baselines/lavit-n-twin_tin100.py', Path('data'), 'less-attention layers'),
     ('semantic_fpn_lavit_t_ade20k.py', None, 'that trains by epochs')])
 def test_other_configs_are_named(path, data, message):
@@ -199,6 +200,26 @@ def test_other_configs_are_named(path, data, message):
         check_config(ROOT / 'configs' / path, data)
     check_config(ROOT / 'configs/lavit_t_in1k.py', Path('data'))
     check_config(ROOT / 'configs/retinanet_lavit_t_coco.py', None)
+
+
+@pytest.mark.parametrize('evaluator', [
+    None, [dict(type='VOCMetric')], dict(type='mmdet.LVISMetric')])
+def test_other_metrics_are_named_before_the_training(evaluator, tmp_path):
+    config = Config.fromfile(ROOT / 'configs/retinanet_lavit_t_coco.py')
+    config.val_evaluator = evaluator
+    config.dump(tmp_path / 'x.py')
+    with pytest.raises(ValueError, match='val_evaluator .*: expected CocoMetric'):
+        check_config(tmp_path / 'x.py', None)
+
+
+@pytest.mark.parametrize('result, score', [
+    ('{"time": 1, "data_time": 0}', 0.), ('{"pascal_voc/mAP": 0.7, "time": 1}', None)])
+def test_a_detector_that_finds_nothing_has_no_precision(result, score, tmp_path):
+    config = Config.fromfile(ROOT / 'configs/retinanet_lavit_t_coco.py')
+    (tmp_path / 'test/1').mkdir(parents=True)
+    (tmp_path / 'test/1/result.json').write_text(result)
+    (tmp_path / 'last_checkpoint').write_text(f'epoch_{config.train_cfg.max_epochs}.pth')
+    assert training.progress(config, tmp_path).figures.get('score') == score
 
 
 def test_a_detector_keeps_its_data_and_takes_the_budget(tmp_path):

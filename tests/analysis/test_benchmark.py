@@ -98,6 +98,19 @@ def test_whole_detectors_are_compared(train):
     assert results[configs[0]]['params_m'] > 17
 
 
+def test_two_stages_have_their_classes_in_the_second():
+    head = nn.Module()
+    head.num_classes = 7
+    one, two, three, none = (nn.Module() for _ in range(4))
+    one.bbox_head = head
+    two.roi_head, three.roi_head = nn.Module(), nn.Module()
+    two.roi_head.bbox_head = head
+    three.roi_head.bbox_head = nn.ModuleList([head, head])
+    assert [benchmark.classes_of(model) for model in (one, two, three)] == [7, 7, 7]
+    with pytest.raises(ValueError, match='Module: expected a detector with a bbox_head'):
+        benchmark.classes_of(none)
+
+
 class Net(nn.Module):
     """Runs in the layout alone that it is made for, and notes what it is given."""
 

@@ -10,7 +10,7 @@ import pytest
 from mmengine.config import Config
 
 from builders import run_tool
-from mmlavit.analysis.dataset_checks import Balance, check_config
+from mmlavit.analysis.dataset_checks import Balance, check_config, stated_classes
 
 ROOT = Path(__file__).parents[2]
 DIGITS = tuple('0123456789')
@@ -312,6 +312,13 @@ def test_whole_data_passes_and_its_balance_is_right(scope, digits):
     else:
         counts, share = (2, 2), .1
     assert cells == ['7', *map(str, counts), f'{share:.2%}']
+
+
+def test_heads_of_other_classes_do_not_count():
+    model = dict(rpn_head=dict(num_classes=1), roi_head=dict(
+        bbox_head=[dict(num_classes=80)], semantic_head=dict(num_classes=183)))
+    assert list(stated_classes(model)) == [
+        ('model.roi_head.bbox_head[0].num_classes=80', 80)]
 
 
 def test_wrapped_data_sets_processes_and_chosen_splits(digits, tmp_path):

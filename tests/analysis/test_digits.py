@@ -1,9 +1,11 @@
 """The scans, and the data sets that are made of them."""
 import json
 from argparse import Namespace
+from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 
 from builders import run_tool
 from mmlavit.analysis.digits import make_once, split_digits
@@ -55,6 +57,16 @@ def test_the_class_is_the_digit_of_the_bars_colour(tmp_path):
     assert len(files) == 40 and right >= 34  # small digits are hard to read
     assert 'already there' in run_tool(*command).stdout
     assert json.loads((out / 'dataset.json').read_text())['size'] == 64
+
+
+def test_a_folder_with_a_file_of_the_stamps_name_is_left_alone(tmp_path):
+    """Others call a file dataset.json too."""
+    for text in '{"name": "Task01"}', '[1]', 'no JSON':
+        (tmp_path / 'dataset.json').write_text(text)
+        (tmp_path / 'image').write_text('x')
+        with pytest.raises(SystemExit, match='holds something else'):
+            make_once(Namespace(out=tmp_path, train=1, val=1), __file__, Path.mkdir)
+        assert (tmp_path / 'image').read_text() == 'x'
 
 
 def test_what_another_process_made_meanwhile_stays(tmp_path):

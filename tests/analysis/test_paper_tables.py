@@ -59,8 +59,10 @@ def test_what_was_trained_elsewhere_stands_in_the_table(tmp_path):
 
     assert cells() == ('51.0', 'of configs/published.yml')
     work_dir = tmp_path / 'lavit_n_tin100'
-    write_log(work_dir, {'accuracy/top1': 12.3, 'step': 2})
+    work_dir.mkdir()
     (work_dir / 'last_checkpoint').write_text('epoch_2.pth')
+    assert cells() == ('', 'epoch 2 of 20, not validated')
+    write_log(work_dir, {'accuracy/top1': 12.3, 'step': 2})
     assert cells() == ('12.3', 'epoch 2 of 20')
 
 

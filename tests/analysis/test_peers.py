@@ -9,7 +9,8 @@ from mmlavit.analysis.peers import (LESS_ATTENTION, PEERS, TIMM_PEERS, backbone_
                                     build_backbone, expand_groups, published_top1)
 from mmlavit.models.layers.mixing import TokenMix
 
-PUBLISHED = Path(__file__).parents[2] / 'configs/published.yml'
+ROOT = Path(__file__).parents[2]
+PUBLISHED = ROOT / 'configs/published.yml'
 
 
 def test_twins_have_vanilla_attention_alone():
@@ -26,6 +27,22 @@ def test_unknown_models_are_named():
         with pytest.raises(ValueError, match='expected the path.*LaViT-S') as error:
             backbone_config(name)
         assert str(error.value).startswith(f'{name}: ')
+
+
+@pytest.mark.parametrize('name, kind', [
+    ('retinanet_r50_coco', 'ResNet'), ('retinanet_swin-t_coco', 'SwinTransformer'),
+    ('deit-s_in1k', 'VisionTransformer')])
+def test_backbones_of_the_toolboxes_are_taken_from_configs(name, kind):
+    model = build_backbone(str(ROOT / f'configs/baselines/{name}.py'))
+    assert type(model).__name__ == kind
+
+
+@pytest.mark.parametrize('name, message', [
+    ('_base_/models/lavit_t.py', 'default_scope=None: expected a config of a whole'),
+    ('baselines/pvtv2-b0_tin100.py', 'expected a config with model.backbone')])
+def test_configs_without_a_backbone_of_a_toolbox_are_named(name, message):
+    with pytest.raises(ValueError, match=f'{name}: {message}'):
+        backbone_config(str(ROOT / 'configs' / name))
 
 
 @pytest.mark.parametrize('name', ["LaViT('tiny')", "LaViT(**dict(arch='tiny'))"])

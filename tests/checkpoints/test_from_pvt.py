@@ -92,6 +92,17 @@ def test_what_is_no_pvtv2_is_refused(weights):
             convert(given, LaViT(SMALL))
 
 
+@pytest.mark.parametrize('arch, message', [
+    ('pvtv2_b1', 'sizes differ: patch_embeds|sizes differ: stages'),
+    ('pvtv2_b2', r'has \[2, 2, 2, 2\] layers in its stages: expected \[3, 4, 6, 3\]')])
+def test_another_presets_weights_are_refused(arch, message, tmp_path):
+    source = tmp_path / 'pvt.pth'
+    torch.save(authors_names(stock_pvt(ARCHS['pvtv2_b0']).float().state_dict()), source)
+    with pytest.raises(ValueError, match=f'pvt.pth: .*({message})'):
+        convert_file(source, tmp_path / 'x.pth', arch)
+    assert not (tmp_path / 'x.pth').exists()
+
+
 @pytest.mark.parametrize('content', [b'', b'text', None])
 def test_files_that_cannot_be_converted_are_named(content, tmp_path):
     if content is not None:

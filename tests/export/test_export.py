@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -212,7 +213,9 @@ def test_segmentor_by_three_ways(digits, tmp_path, traced_once):
     config = segmentor_config(
         dict(type='FPNHead', in_channels=[8, 8], feature_strides=[4, 8]),
         dict(type='FPN', in_channels=[8, 16], out_channels=8, num_outs=2))
-    images = digits / 'images/val'
+    images = shutil.copytree(digits / 'images/val', tmp_path / 'images')
+    odd = cv2.imread(str(images / '00000.png'))[:100]
+    cv2.imwrite(str(images / 'odd.png'), odd)  # of another size than the rest
     config.test_dataloader = dict(dataset=dict(
         type='BaseSegDataset', data_root=str(images), pipeline=[
             dict(type='LoadImageFromFile'),
@@ -229,13 +232,14 @@ def test_segmentor_by_three_ways(digits, tmp_path, traced_once):
     run('infer', *paths, images, '--out', tmp_path / 'stock', '--device', 'cpu',
         '--batch-size', 3)
     found, expected = predictions(tmp_path / 'onnx'), predictions(tmp_path / 'stock')
-    assert found.keys() == expected.keys() and len(found) == 4
+    assert found.keys() == expected.keys() and len(found) == 5
     assert len(set().union(*(x['shares'] for x in expected.values()))) > 2
     for name, stock in expected.items():
         # A pixel or two of 25,600 may lie on the edge between two classes.
         assert found[name]['shares'] == pytest.approx(stock['shares'], abs=1e-4)
         mask = cv2.imread(str(tmp_path / 'onnx/pictures' / name), -1)
-        assert mask.shape == (160, 160) and mask.max() < 5
+        assert mask.shape == (100 if name == 'odd.png' else 160, 160)
+        assert mask.max() < 5
         assert (tmp_path / 'stock/pictures' / name).stat().st_size
 
 
@@ -317,6 +321,37 @@ def test_padding_fits_the_preprocessor_and_the_part(preprocessor, divisor):
     assert json.loads(about['pad_divisor']) == divisor
 
 
+def test_padding_that_runtimes_lack_is_refused():
+    importlib.import_module('mmdet.models')
+    grey = MODELS.build(dict(type='mmdet.DetDataPreprocessor', pad_value=114))
+    with pytest.raises(ValueError, match='pads with 114: expected 0'):
+        metadata.padding_of(grey)
+
+
+def test_files_that_are_no_model_are_named(tmp_path):
+    (tmp_path / 'x.onnx').write_text('no model')
+    for runtime in 'onnxruntime', 'openvino':
+        with pytest.raises(ValueError, match='x.onnx: no model that ' + runtime):
+            TOOLS['infer_onnx'].Model(tmp_path / 'x.onnx', runtime)
+
+
+def test_a_checkpoint_of_another_model_is_refused(digits, tmp_path):
+    """The toolboxes' inferencers would go on with random weights."""
+    config = detector_config(digits)
+    model = build_model(config)
+    paths = save(model, config, tmp_path, tuple('0123456789'))
+    loaded = torch.load(paths[1], weights_only=False)
+    del loaded['state_dict']['bbox_head.retina_cls.weight']
+    torch.save(loaded, paths[1])
+    with pytest.raises(SystemExit, match='1 weights are missing: bbox_head.retina_cls'):
+        run('infer', *paths, digits / 'images/val', '--out', tmp_path / 'out')
+    with pytest.raises(SystemExit, match='expected a config, a .py, .yml'):
+        run('infer', *paths[::-1], digits / 'images/val', '--out', tmp_path / 'out')
+    with pytest.raises(SystemExit, match='default_scope=None: expected a config of'):
+        run('infer', 'configs/_base_/models/lavit_t.py', paths[1], digits / 'images/val',
+            '--out', tmp_path / 'out')
+
+
 def test_average_precision_needs_boxes_and_names_what_it_does_not_know(digits):
     tool, file = TOOLS['infer_onnx'], digits / 'annotations/val.json'
     name = json.loads(file.read_text())['images'][0]['file_name']
@@ -329,12 +364,15 @@ def test_average_precision_needs_boxes_and_names_what_it_does_not_know(digits):
             tool.average_precision(predictions, file)
 
 
-def test_images_of_the_same_name_are_refused(tmp_path):
+def test_images_of_the_same_name_are_refused(digits, tmp_path):
     truth = dict(images=[dict(id=i, file_name=f'{i}/a.png') for i in range(2)],
                  annotations=[], categories=[])
     (tmp_path / 'truth.json').write_text(json.dumps(truth))
     with pytest.raises(SystemExit, match='the same name'):
         load_tool('infer_onnx').average_precision({'a.png': {}}, tmp_path / 'truth.json')
+    two = {f'{split}/00000.png': {} for split in ('train', 'val')}
+    with pytest.raises(SystemExit, match='IMAGES in different folders have the same name'):
+        load_tool('infer_onnx').average_precision(two, digits / 'annotations/val.json')
 
 
 def test_weights_beyond_float16_are_named(tmp_path):
@@ -363,17 +401,24 @@ def test_what_int8_cannot_calibrate_is_refused_before_the_export(digits, tmp_pat
             run('export', *paths, out, '--int8', images, '--part', 'end-to-end')
 
 
-def test_a_file_that_cannot_be_finished_is_not_left(tmp_path):
-    path = tmp_path / 'x.onnx'
+def test_a_file_that_cannot_be_finished_leaves_the_one_before(digits, tmp_path):
+    config = detector_config(digits)
+    paths = save(build_model(config), config, tmp_path, tuple('0123456789'))
+    out = tmp_path / 'out/x.onnx'
 
-    def write(*args) -> None:
+    def write(program, part, path, about) -> None:
         path.write_bytes(b'in float32')
 
-    with mock.patch.object(programs, 'to_onnx', write), mock.patch.object(
-            shrink, 'halve_weights', side_effect=ValueError('too large')):
-        with pytest.raises(ValueError, match='too large'):
-            TOOLS['export'].write_onnx(None, None, path, {}, True, [])
-    assert not path.exists()
+    for before in None, b'before':
+        if before:
+            out.write_bytes(before)
+        with mock.patch.object(programs, 'to_onnx', write), mock.patch.object(
+                programs, 'export_program'), mock.patch.object(
+                shrink, 'halve_weights', side_effect=ValueError('too large')):
+            with pytest.raises(SystemExit, match='too large'):
+                run('export', *paths, out, '--half')
+        assert [path.read_bytes() for path in out.parent.iterdir()] == (
+            [before] if before else [])
 
 
 def test_steps_that_infer_onnx_does_not_know_are_refused():
@@ -387,6 +432,9 @@ def test_steps_that_infer_onnx_does_not_know_are_refused():
                   dict(type='CenterCrop', crop_size=5),
                   dict(type='mmdet.PackDetInputs')])))))
     assert [step['type'] for step in steps] == ['Resize', 'Resize', 'Crop', 'CenterCrop']
+    wrapped = Config(dict(test_dataloader=dict(dataset=dict(
+        type='ConcatDataset', datasets=[dict(pipeline=steps), dict(pipeline=[])]))))
+    assert metadata.preparation(wrapped) == steps
     assert TOOLS['infer_onnx'].unknown_steps(steps) == ['Resize', 'Crop']
     about = dict(task='"classification"', resize=json.dumps(steps))
     with mock.patch.object(TOOLS['infer_onnx'], 'start_onnxruntime',

@@ -50,6 +50,9 @@ def test_a_model_that_does_not_export_is_left_out(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(speed, 'to_fixed_onnx', fail)
     assert speed.compare([MODEL], (1, 64, 64), tmp_path, ('openvino', ), rounds=2) == []
     assert f'{MODEL} is left out: no such operator' in capsys.readouterr().err
+    with pytest.raises(ValueError, match='NoNet: expected'):  # before any is exported
+        speed.compare([MODEL, 'NoNet'], (1, 64, 64), tmp_path, ('openvino', ))
+    assert not capsys.readouterr().err
     # Nothing is exported where nothing that is exported is timed.
     row, = speed.compare([MODEL], (1, 64, 64), tmp_path, ('eager', ), ('float32', ),
                          rounds=2, warmup=0)

@@ -106,6 +106,8 @@ def test_help_names_what_there_is_to_choose_from(tool):
      '--labels a b: expected one for each of the 1 models'),
     (['analyze_attention', 'c.py', 'none', '.', '--compare', 'd.py', 'none',
       '--labels', 'a'], 'expected one for each of the 2 models'),
+    (['analyze_attention', 'c.py', 'none', '.', '--max-images', '0'],
+     '--max-images 0: expected at least 1'),
     (['analyze_attention', 'c.py', 'none', '.', '--points', '1,1'],
      '1,1: expected X,Y as shares'),
 ])
@@ -126,6 +128,9 @@ def test_missing_data_is_named(tmp_path):
         ('train/cat', 'no.py', 'no such config')):
         (tmp_path / folder).mkdir(exist_ok=True)
         assert message in run('ablate', path, tmp_path, code=2).stderr
+    (tmp_path / 'val/dog').mkdir(parents=True)
+    assert 'cat, dog are in one of them alone' in run(
+        'ablate', config, tmp_path, code=2).stderr
 
 
 # What they write ------------------------------------------------------------

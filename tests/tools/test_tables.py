@@ -98,12 +98,13 @@ def test_a_small_training_that_fails_leaves_a_gap(tmp_path, monkeypatch, capsys)
                                'training failed; see train.log')
     assert [(name, seed) for _, name, seed in asked] == [
         ('PVT', 1), ('PVTv2-B0', 1), ('PVT', 2), ('PVTv2-B0', 2)]
-    table = (tmp_path / 'small/small_classification_PVT.md').read_text()
+    name = 'small/small_classification_PVT_seeds_1_2'  # a part of the table
+    table = (tmp_path / f'{name}.md').read_text()
     cells = [line.split('|')[1:3] for line in table.splitlines() if '| PVT' in line]
     assert [[cell.strip() for cell in row] for row in cells] == [
         ['PVT', '52.0'], ['PVTv2-B0', '51.5 ± 0.7']]
     assert table in capsys.readouterr().out
-    scores = (tmp_path / 'small/small_classification_PVT_scores.csv').read_text()
+    scores = (tmp_path / f'{name}_scores.csv').read_text()
     assert scores.splitlines()[1:] == ['classification,PVTv2-B0,1,51.00',
                                        'classification,PVT,2,52.00',
                                        'classification,PVTv2-B0,2,52.00']

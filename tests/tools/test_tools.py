@@ -138,6 +138,7 @@ def test_the_toolboxes_scripts_know_the_common_arguments(scope, task):
 @pytest.mark.parametrize('command, message', [
     (('tools/dist_train.sh', 'x.py', '--work-dir', 'y'),
      '--work-dir: expected a number of GPUs'),
+    (('tools/dist_train.sh', 'x.py', '0'), '0: expected a number of GPUs'),
     (('tools/dist_train.sh', 'x.py', '1'), 'no such config'),
     (('tools/dist_test.sh', 'x.py', 'x.pth', '1'), 'no such config')])
 def test_shell_tools_name_what_is_wrong(command, message, free_port):

@@ -147,7 +147,12 @@ def test_half_precision_is_half_the_size_and_nearly_the_same(tmp_path):
         change = (ours - theirs).abs().max() / theirs.abs().max()
         assert 0 < change < MAX_CHANGE
     # In the last stage, so that the other maps stay as they are.
-    model.state_dict()['stages.3.norm.weight'][0] = 1e9
+    norm = model.state_dict()['stages.3.norm.weight']
+    norm *= 1e-9  # 0 in float16
+    save()
+    with pytest.raises(ValueError, match='half: float16 weights change the maps by 1 of'):
+        publish(source, tmp_path / 'y.pth', {}, half=True)
+    norm[0] = 1e9
     save()
     with pytest.raises(ValueError, match='half: backbone.stages.3.norm.weight has values '
                        'of up to 1e[+]09, beyond float16'):

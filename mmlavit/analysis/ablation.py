@@ -146,10 +146,10 @@ def check_config(path: Path, data: Optional[Path]) -> None:
     if list(arch['num_va_layers']) == list(arch['depths']):
         raise ValueError(f'{path}: expected a LaViT that has less-attention layers, '
                          f"but num_va_layers={arch['num_va_layers']} are all")
-    if data is None:
-        check_evaluator(path, config)
-    if data is None and any(hook.type == 'SwitchRecipeHook'
-                            for hook in config.get('custom_hooks', [])):
+    if data is not None:
+        return
+    check_evaluator(path, config)
+    if any(hook.type == 'SwitchRecipeHook' for hook in config.get('custom_hooks', [])):
         raise ValueError(f'{path}: expected a config without SwitchRecipeHook, or data '
                          'of your own beside it')
 

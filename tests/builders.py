@@ -254,6 +254,18 @@ def assert_same(ours: dict, theirs: dict) -> None:
         assert torch.equal(value, theirs[name]), name
 
 
+def check_mean(drawn: torch.Tensor, expected: torch.Tensor) -> None:
+    """That random values vary, and that their mean is the expected one.
+
+    Args:
+        drawn (Tensor): (draws, ...), one or several hundred.
+        expected (Tensor): (...)
+    """
+    spread = drawn.std(0) / len(drawn)**.5  # of their mean
+    assert (spread > 0).all()
+    assert ((drawn.mean(0) - expected).abs() / spread).mean() < 1.5  # if right: .8
+
+
 def load_tool(name: str, root: Path = ROOT, folder: str = 'tools') -> ModuleType:
     """A tool as a module that other tools can import."""
     spec = importlib.util.spec_from_file_location(name, root / folder / f'{name}.py')

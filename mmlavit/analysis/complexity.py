@@ -7,6 +7,7 @@ from mmengine.analysis import FlopAnalyzer
 from torch import nn
 
 from ..utils.images import image_channels
+from ..utils.modes import eval_mode
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -24,11 +25,6 @@ def count_macs(model: nn.Module, size: Tuple[int, int]) -> float:
     like = next(model.parameters())
     image = torch.rand(1, image_channels(model), *size, device=like.device,
                        dtype=like.dtype)
-    training = model.training
-    model.eval()  # some of the toolboxes' return nothing
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter('ignore')  # the tracer's, of sizes it takes as fixed
-            return FlopAnalyzer(model, (image, )).total()
-    finally:
-        model.train(training)
+    with eval_mode(model), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter('ignore')  # the tracer's, of sizes it takes as fixed
+        return FlopAnalyzer(model, (image, )).total()

@@ -124,7 +124,7 @@ class Similarity:
             add((i, 'token_similarity'),
                 mean_pairwise_cosine(layer.tokens.float()))
             add((i, 'entropy'), entropy(attn))
-            # On the map that the DP loss sees.
+            # As the DP loss sees it, up to 14 keys a side.
             scores = layer.region_scores().float()
             add((i, 'score_deviation'), score_deviation(scores))
             seen = scores.softmax(-1)

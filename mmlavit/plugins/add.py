@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..models.layers.mixing import DEFAULT_RANK
 from ..models.layers.step import Observable
-from ..utils.checks import require, require_choice
+from ..utils.checks import require, require_choice, require_type
 from .convert import MAX_BASE_GRID, LessAttentionPlan, convert
 from .families import Family
 
@@ -80,7 +80,7 @@ def add_less_attention(model: nn.Module,
     """
     part, family = the_stock_part(model)
     options = dict(mixing=mixing, mixing_rank=mixing_rank, max_base_grid=max_base_grid,
-                   dp_loss=dp_loss, with_cp=with_cp)
+                   dp_loss=dp_loss, with_cp=with_cp, root=model)
     if not isinstance(layers, str):
         return convert(part, family, layers, **options)
     require_choice('layers', layers, ('auto', ))
@@ -94,6 +94,8 @@ def the_stock_part(model: nn.Module) -> Tuple[nn.Module, Family]:
     Raises:
         ValueError: If there is none, or several, or it has less attention already.
     """
+    require_type(isinstance(model, nn.Module), 'model', model,
+                 "a model (eval() and train() of some of the toolboxes' return None)")
     parts = stock_parts(model)
     known = ', '.join(FAMILIES)
     require(len(parts) == 1, 'model', type(model).__name__,

@@ -1,4 +1,5 @@
 """``layers='auto'``: the layers whose maps hardly differ from those before."""
+import math
 from typing import Dict, List, Optional
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from ..analysis.complexity import count_macs, count_parameters
 from ..analysis.measures import Similarity
 from ..utils.checks import require, require_int, require_number, require_type
+from ..utils.modes import eval_mode
 from .convert import ConvertedLayer, LessAttentionPlan, convert
 from .families import Family
 
@@ -54,21 +56,17 @@ def choose(similarities: Dict[int, float], num_layers: Optional[int],
             'a model with a layer that can inherit from another of its stage')
     alike = [i for i, value in similarities.items() if value >= min_similarity]
     require(bool(alike), 'min_similarity', min_similarity,
-            f'at most {max(similarities.values()):.3f}, the largest similarity of a '
-            'layer to the one before')
+            f'at most {math.floor(1000 * max(similarities.values())) / 1000}, the largest '
+            'similarity of a layer to the one before')
     return sorted(sorted(alike, reverse=True)[:num_layers])
 
 
 @torch.no_grad()
 def layer_similarities(part: nn.Module, images: Tensor) -> Dict[int, float]:
     """Cosine similarity of each layer's map to the one it would inherit, by index."""
-    training, similarity = part.training, Similarity()
-    part.eval()
-    try:
-        with similarity.observe(part):
-            part(images)
-    finally:
-        part.train(training)
+    similarity = Similarity()
+    with eval_mode(part), similarity.observe(part):
+        part(images)
     values = (layer['map_similarity_to_previous']
               for layer in similarity.result()['layers'])
     return {i: value for i, value in enumerate(values) if value is not None}

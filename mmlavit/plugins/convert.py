@@ -9,7 +9,7 @@ from ..models.layers.mixing import DEFAULT_RANK, MIXINGS
 from ..models.losses.dp_loss import build_dp_loss, select_layers
 from ..utils.checks import (require, require_bool, require_choice, require_int,
                             require_ints)
-from .families import Family, Spot
+from .families import Family, Spot, require_stock
 from .handover import Exchange, Handover
 from .layer import Role
 
@@ -47,7 +47,9 @@ class LessAttentionPlan:
     def remove(self) -> nn.Module:
         """Gives the model its own attention back: the very modules that it had.
 
-        What V, Theta and Psi have learned is lost; all other weights stay as they are.
+        What V, Theta and Psi have learned is lost, and what was loaded into them: these
+        projections have the weights of before the conversion. All other weights stay as
+        they are.
         """
         self._undo.close()
         return self.model
@@ -60,8 +62,9 @@ class LessAttentionPlan:
 def convert(model: nn.Module, family: Family, layers: Sequence[int], *,
             residual_layers: Sequence[int] = (), mixing: str = 'full',
             mixing_rank: int = DEFAULT_RANK, max_base_grid: int = MAX_BASE_GRID,
-            dp_loss: Optional[dict] = None,
-            with_cp: bool = False) -> LessAttentionPlan:
+            dp_loss: Optional[dict] = None, with_cp: bool = False,
+            layers_name: str = 'layers',
+            root: Optional[nn.Module] = None) -> LessAttentionPlan:
     """Gives layers of a model less attention, in place.
 
     Args:
@@ -73,19 +76,25 @@ def convert(model: nn.Module, family: Family, layers: Sequence[int], *,
             to their own, where they have vanilla attention.
         mixing, mixing_rank, max_base_grid, dp_loss, with_cp: As for
             `add_less_attention`.
+        layers_name (str): What ``layers`` is called where the user gives it, for
+            messages.
+        root (nn.Module, optional): The model that has this one inside, for names and
+            the plan. Defaults to None: this one.
 
     Raises:
         TypeError, ValueError: For layers that cannot inherit, and arguments that
-            cannot work.
+            cannot work. The model is as it was.
     """
+    root = model if root is None else root
     spots = family.spots(model)
-    names = {id(module): name for name, module in model.named_modules()}
-    if isinstance(layers, range):
-        layers = list(layers)
-    layers = sorted(set(require_ints('layers', layers, 0, len(spots) - 1)))
+    names = {id(module): name for name, module in root.named_modules()}
+    for spot in spots:
+        require_stock(getattr(spot.holder, spot.projection), family.projection_class,
+                      f'{names[id(spot.holder)]}.{spot.projection}')
+    layers = sorted(set(require_ints(layers_name, layers, 0, len(spots) - 1)))
     residual_layers = [i for i in residual_layers if i not in layers]
     sources = find_sources(family, spots, layers, residual_layers,
-                           [names[id(spot.layer)] for spot in spots])
+                           [names[id(spot.layer)] for spot in spots], layers_name)
     options = dict(
         mixing=require_choice('mixing', mixing, MIXINGS),
         mixing_rank=require_int('mixing_rank', mixing_rank, 1))
@@ -94,34 +103,35 @@ def convert(model: nn.Module, family: Family, layers: Sequence[int], *,
     loss = build_dp_loss(dp_loss)
     dp_layers = select_layers(loss, [i in layers for i in range(len(spots))])
 
-    undo = ExitStack()
-    handover = make_handover(undo, model, family, loss)
-    givers, replaced = find_givers(spots, sources), {}
-    for i, spot in enumerate(spots):
-        role = Role(
-            name=names[id(spot.layer)],
-            stage=spot.stage,
-            lane=spot.lane,
-            kind='LA' if i in layers else 'VA',
-            source=sources[i],
-            gives=i in givers,
-            index=i,
-            last=i == len(spots) - 1,
-            recomputes=with_cp or getattr(spot.layer, 'with_cp', False),
-            dp_loss=dp_layers[i],
-            scale=spot.scale,
-            extra=spot.extra,
-            handover=handover,
-            exchange=Exchange())
-        before = spots[i - 1] if sources[i] not in (None, spot.lane) else None
-        module = convert_layer(undo, family, spot, role, before, max_base_grid, options)
-        if module is not None:
-            replaced[f'{names[id(spot.holder)]}.{spot.projection}'] = module
-    if replaced:
-        weights = StockWeights(type(model).__name__, replaced)
-        undo.callback(model._register_load_state_dict_pre_hook(weights.fit).remove)
-    chosen = [ConvertedLayer(i, names[id(spots[i].layer)]) for i in layers]
-    return LessAttentionPlan(model, chosen, loss, undo)
+    with ExitStack() as undo:
+        handover = make_handover(undo, model, family, loss)
+        givers, replaced = find_givers(spots, sources), []
+        for i, spot in enumerate(spots):
+            role = Role(
+                name=names[id(spot.layer)],
+                stage=spot.stage,
+                lane=spot.lane,
+                kind='LA' if i in layers else 'VA',
+                source=sources[i],
+                gives=i in givers,
+                index=i,
+                last=i == len(spots) - 1,
+                recomputes=with_cp or getattr(spot.layer, 'with_cp', False),
+                dp_loss=dp_layers[i],
+                scale=spot.scale,
+                extra=spot.extra,
+                handover=handover,
+                exchange=Exchange())
+            before = spots[i - 1] if sources[i] not in (None, spot.lane) else None
+            replaced.append(convert_layer(undo, family, spot, role, before,
+                                          max_base_grid, options))
+        if layers:
+            weights = StockWeights(type(model).__name__, {
+                name: module for name, module in model.named_modules()
+                if any(module is x for x in replaced)})
+            undo.callback(model._register_load_state_dict_pre_hook(weights.fit).remove)
+        chosen = [ConvertedLayer(i, names[id(spots[i].layer)]) for i in layers]
+        return LessAttentionPlan(root, chosen, loss, undo.pop_all())
 
 
 def make_handover(undo: ExitStack, model: nn.Module, family: Family,
@@ -157,8 +167,8 @@ def convert_layer(undo: ExitStack, family: Family, spot: Spot, role: Role,
 
 
 def find_sources(family: Family, spots: Sequence[Spot], layers: Sequence[int],
-                 residual_layers: Sequence[int],
-                 names: Sequence[str]) -> List[Optional[Hashable]]:
+                 residual_layers: Sequence[int], names: Sequence[str],
+                 layers_name: str) -> List[Optional[Hashable]]:
     """Of each layer the lane that it takes scores from, or None.
 
     A layer with less attention takes those of the nearest earlier layer of its lane;
@@ -174,7 +184,7 @@ def find_sources(family: Family, spots: Sequence[Spot], layers: Sequence[int],
         if source is not None:
             can.append(i)
         sources.append(source if i in takers else None)
-    for argument, value, chosen in (('layers', layers, layers),
+    for argument, value, chosen in ((layers_name, layers, layers),
                                     ('attn_residual', True, residual_layers)):
         wrong = [i for i in sorted(chosen) if i not in can]
         require(
@@ -199,9 +209,10 @@ def replace(undo: ExitStack, spot: Spot, module: nn.Module) -> None:
     stock = getattr(spot.holder, spot.projection)
 
     def put_back() -> None:
-        # The model may have been moved meanwhile.
-        setattr(spot.holder, spot.projection,
-                stock.to(next(module.parameters())).train(module.training))
+        # The model may have been moved or frozen meanwhile.
+        weight = module.v.weight
+        stock.to(weight).train(module.training)
+        setattr(spot.holder, spot.projection, stock.requires_grad_(weight.requires_grad))
 
     setattr(spot.holder, spot.projection, module.train(stock.training))
     undo.callback(put_back)

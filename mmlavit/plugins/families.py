@@ -31,6 +31,7 @@ class Family:
     Others override what differs.
     """
     layer_class: type  # of its layers, a `ScoredLayer` and the stock's class
+    projection_class: type = nn.Linear  # the stock's
     # From the patch embedding and its output to the grid of tokens, where layers are
     # not told it.
     find_grid: Optional[Callable] = None

@@ -50,7 +50,7 @@ def require_ints(name: str,
                  most: Optional[int] = None) -> Tuple[int, ...]:
     """The values as a tuple; raises unless they are all such integers."""
     require_type(
-        isinstance(values, (list, tuple)), name, values,
+        isinstance(values, (list, tuple, range)), name, values,
         'a sequence of integers')
     return tuple(require_int(name, value, least, most) for value in values)
 

@@ -2,6 +2,8 @@
 import math
 from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 
+from mmengine.model import PretrainedInit
+
 from ...utils.checks import (require, require_bool, require_choice, require_int,
                              require_ints, require_keys, require_number,
                              require_type)
@@ -162,6 +164,11 @@ def check_arch(arch: dict) -> None:
             'at least 1 in the first stage, which has no scores to inherit')
 
 
+def is_pretrained(cfg: dict) -> bool:
+    """Whether a config of an initialisation names a checkpoint."""
+    return cfg['type'] in ('Pretrained', PretrainedInit)
+
+
 def check_init_cfg(init_cfg: Union[dict, Sequence[dict], None]) -> List[dict]:
     """The configs as a list.
 
@@ -177,7 +184,7 @@ def check_init_cfg(init_cfg: Union[dict, Sequence[dict], None]) -> List[dict]:
         require_type(isinstance(cfg, dict), 'init_cfg', init_cfg, expected)
         require(
             'type' in cfg
-            and (cfg['type'] != 'Pretrained' or 'checkpoint' in cfg),
+            and (not is_pretrained(cfg) or isinstance(cfg.get('checkpoint'), str)),
             'init_cfg', init_cfg, expected)
     return cfgs
 

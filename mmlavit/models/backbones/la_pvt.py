@@ -35,7 +35,8 @@ class PVTLayer(ScoredLayer, PVTEncoderLayer):
                 not any(side % ratio for side in hw_shape), self.role.name, hw_shape,
                 f'a grid of tokens whose sides are multiples of sr_ratio={ratio}, for '
                 'PVT leaves out what is over and such tokens are no key\'s. Pad images '
-                'to a multiple of 32, as data_preprocessor.pad_size_divisor=32 does')
+                'by data_preprocessor.pad_size_divisor, with the default sr_ratios to '
+                'a multiple of 32')
         return Grids(tuple(hw_shape), ratio)
 
     def has_whole_regions(self) -> bool:
@@ -125,6 +126,7 @@ class LessAttention(ScoreAttention, LessProjection):
 class PVT(Family):
     """Spatially reduced keys; a stage may inherit from the one before."""
     layer_class = PVTLayer
+    projection_class = nn.MultiheadAttention
 
     def spots(self, model: PyramidVisionTransformer) -> List[Spot]:
         spots = []
@@ -136,8 +138,6 @@ class PVT(Family):
                 name = f'layers.{i}.1.{j}'
                 require_stock(layer, PVTEncoderLayer, name)
                 require_stock(layer.attn, SpatialReductionAttention, f'{name}.attn')
-                require_stock(layer.attn.attn, nn.MultiheadAttention,
-                              f'{name}.attn.attn')
                 spots.append(Spot(
                     layer=layer, stage=i, lane=i, holder=layer.attn, projection='attn',
                     num_heads=layer.attn.num_heads, scale=1., q_grid=grid,
@@ -212,9 +212,11 @@ def layers_after(num_va_layers: Optional[Sequence[int]],
     num_va_layers = require_ints('num_va_layers', num_va_layers, 0)
     require(
         len(num_va_layers) == len(depths)
+        and num_va_layers[0] > 0
         and all(va <= depth for va, depth in zip(num_va_layers, depths)),
         'num_va_layers', num_va_layers,
-        f'a number for each stage, at most num_layers={depths}')
+        f'a number for each stage, at most num_layers={depths}, and at least 1 in the '
+        'first, which has no scores to inherit')
     return [first + j for first, va, depth in zip(firsts(depths), num_va_layers, depths)
             for j in range(va, depth)]
 
@@ -231,7 +233,8 @@ class LessAttentionPVT(MapBackbone, PyramidVisionTransformer):
     stock class, bit for bit. Names of weights are the stock's; in LA layers
     ``attn.attn.in_proj_*`` is ``attn.attn.v.*``, and ``attn.attn.theta``, ``.psi`` and
     ``.downsample`` are new. Checkpoints of the stock class load: what LA layers lack is
-    dropped, and the log says so. PVTv2 is served by `LaViT`'s presets ``pvtv2_b0`` to
+    dropped, and the log says so. With ``attn_residual`` that takes ``strict=False``, for
+    they lack the downsampling of its VA layers. PVTv2 is served by `LaViT`'s presets ``pvtv2_b0`` to
     ``pvtv2_b5``.
 
     Grids of tokens must be multiples of the spatial reduction, as with images padded to
@@ -248,8 +251,8 @@ class LessAttentionPVT(MapBackbone, PyramidVisionTransformer):
             weights of the stock class were trained without.
         mixing (str): 'full' or 'low_rank'; see `LaViT`. Defaults to 'full'.
         mixing_rank (int): Rank of 'low_rank'. Defaults to 16.
-        max_base_grid (int): Longest side of the grid on which Psi is learned, in
-            tokens. Defaults to 14.
+        max_base_grid (int): Longest side of the grids on which Theta and Psi are
+            learned, in tokens. Defaults to 14.
         dp_loss (dict, optional): Arguments of the diagonality-preserving loss,
             ``dict()`` for its defaults; see `LaViT`. Defaults to None: off.
         with_cp (bool): Whether to compute each layer again in the backward pass: less
@@ -287,7 +290,7 @@ class LessAttentionPVT(MapBackbone, PyramidVisionTransformer):
         convert(self, FAMILY, la_layers,
                 residual_layers=firsts(self.num_layers)[1:] if residual else (),
                 mixing=mixing, mixing_rank=mixing_rank, max_base_grid=max_base_grid,
-                dp_loss=dp_loss, with_cp=with_cp)
+                dp_loss=dp_loss, with_cp=with_cp, layers_name='la_layers')
 
     def stage_channels(self) -> Sequence[int]:
         """As `MapBackbone`."""

@@ -58,4 +58,4 @@ class LessAttentionSwin(SwinMaps, SwinTransformer):
                  **kwargs) -> None:
         super().__init__(**kwargs)
         convert(self, FAMILY, la_layers, mixing=mixing, mixing_rank=mixing_rank,
-                dp_loss=dp_loss)
+                dp_loss=dp_loss, layers_name='la_layers')

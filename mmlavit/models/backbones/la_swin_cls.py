@@ -43,7 +43,7 @@ class LessAttentionSwinClassifier(SwinMaps, SwinTransformer):
                  **kwargs) -> None:
         super().__init__(arch, **kwargs)
         convert(self, FAMILY, la_layers, mixing=mixing, mixing_rank=mixing_rank,
-                dp_loss=dp_loss)
+                dp_loss=dp_loss, layers_name='la_layers')
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args,
                               **kwargs) -> None:

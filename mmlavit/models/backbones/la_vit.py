@@ -103,4 +103,5 @@ class LessAttentionViT(VisionTransformer):
                                 self.num_layers - 1)
             la_layers = range(first, self.num_layers)
         convert(self, FAMILY, la_layers, mixing=mixing, mixing_rank=mixing_rank,
-                max_base_grid=max_base_grid, dp_loss=dp_loss, with_cp=with_cp)
+                max_base_grid=max_base_grid, dp_loss=dp_loss, with_cp=with_cp,
+                layers_name='la_layers')

@@ -19,7 +19,7 @@ from ..layers.grid import to_map
 from ..layers.mixing import DEFAULT_RANK
 from ..losses.dp_loss import build_dp_loss, select_layers
 from .arch import (check_init_cfg, check_layer_options, check_out_indices,
-                   is_less_attention, plan_stages, resolve_arch)
+                   is_less_attention, is_pretrained, plan_stages, resolve_arch)
 from .maps import MapBackbone
 from .pvt_weights import (for_less_attention, naming_of, to_lavit_names,
                           weights_in)
@@ -148,8 +148,9 @@ class LaViT(MapBackbone, BaseModule):
             their running statistics in training. Defaults to False.
         init_cfg (dict | list[dict], optional): Config of the initialisation on
             top of the default (linear layers truncated normal of std 0.02,
-            convolutions normal by fan-out, Theta and Psi the identity).
-            Defaults to None.
+            convolutions normal by fan-out, Theta and Psi the identity), which
+            ``init_weights()`` does. The toolboxes' runners call it. Defaults to
+            None.
 
     Raises:
         TypeError, ValueError: For an argument that cannot work; the message
@@ -261,12 +262,14 @@ class LaViT(MapBackbone, BaseModule):
         Raises:
             FileNotFoundError: If a 'Pretrained' checkpoint is a local file
                 that does not exist.
-            ValueError: If its weights are not of this architecture.
+            ValueError: If its weights have other layers or shapes. For layers that
+                have less attention in one of the two alone mmengine's warning of
+                missing keys is all.
         """
         if self.is_init:
             return
-        paths = [cfg['checkpoint'] for cfg in self.init_cfg
-                 if cfg['type'] == 'Pretrained']
+        paths = [cfg['checkpoint'] for cfg in check_init_cfg(self.init_cfg)
+                 if is_pretrained(cfg)]
         for path in paths:
             if '://' not in path and not os.path.isfile(
                     os.path.expanduser(path)):
@@ -437,7 +440,8 @@ class LaViT(MapBackbone, BaseModule):
                 f'differences, {"; ".join(wrong[:3])}. ' +
                 (f'The checkpoint begins with {next(iter(given))!r}; with that '
                  "of a whole model, set init_cfg's prefix='backbone.'"
-                 if not there else 'Check arch, in_channels, '
+                 if not any(name.startswith('stages.') for name in given)
+                 else 'Check arch, in_channels, '
                  'pretrain_img_size and max_query_grid'))
 
     def _blocks(self, names) -> List[str]:

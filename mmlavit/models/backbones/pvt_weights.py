@@ -137,6 +137,6 @@ def for_less_attention(
             q, kv = (f'{layer}.attn.{part}.{kind}' for part in ('q', 'kv'))
             if kv in weights:
                 weights[f'{layer}.attn.v.{kind}'] = weights.pop(kv).chunk(2)[1]
-                del weights[q]
+                weights.pop(q, None)
                 dropped.append(layer)
     return weights, list(dict.fromkeys(dropped))

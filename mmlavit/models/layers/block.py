@@ -113,24 +113,35 @@ class Block(Observable, nn.Module):
         self.drop_path = (
             DropPath(drop_path_rate) if drop_path_rate else nn.Identity())
 
-    def forward(self, x: Tensor, grids: Grids,
-                scores: LayerScores) -> Tuple[Tensor, LayerScores]:
-        """x (B, N, C) and the scores of the layer before."""
+    def forward(self, x: Tensor, grids: Grids, inherited: LayerScores,
+                dp_loss: Optional[nn.Module] = None
+                ) -> Tuple[Tensor, LayerScores, Optional[Tensor]]:
+        """x (B, N, C) and the scores of the layer before.
+
+        The value of ``dp_loss`` comes from here too: FSDP has a layer's weights whole in
+        its forward alone.
+        """
         if self.with_cp and x.requires_grad:
             again = {}
-            if any(isinstance(module, _BatchNorm) for module in self.modules()):
+            # A compiler recomputes without running the batch norms again.
+            if not is_compiling() and any(
+                    isinstance(module, _BatchNorm) for module in self.modules()):
                 again['context_fn'] = lambda: (nullcontext(),
                                                keep_statistics(self))
             x, scores = checkpoint(
-                self._forward, x, grids, scores, use_reentrant=False, **again)
+                self._forward, x, grids, inherited, use_reentrant=False, **again)
         else:
-            x, scores = self._forward(x, grids, scores)
+            x, scores = self._forward(x, grids, inherited)
         if self.observers:
             self.hand_out(Layer(
                 self.attn.kind, self.stage, 0, grids, x, scores,
                 lambda start, stop: self.attn.probabilities(
                     scores.rows(start, stop))))
-        return x, scores
+        if dp_loss is None:
+            return x, scores, None
+        args = scores, grids, inherited, self.attn
+        return x, scores, (checkpoint(dp_loss, *args, use_reentrant=False)
+                           if self.with_cp else dp_loss(*args))
 
     def _forward(self, x, grids, scores):
         grid = grids.queries
@@ -303,14 +314,12 @@ class Stage(nn.Module):
         for layer, block in zip(self.layers, self.blocks):
             inherited = sources[layer.source]
             before = x, inherited
-            x, scores = block(x, grids, inherited)
+            x, scores, value = block(
+                x, grids, inherited, dp_loss if layer.dp_loss else None)
             require_gradients(layer.kind, *before, scores, self.number)
             sources['layer'] = scores
-            if dp_loss is not None and layer.dp_loss:
-                args = scores, grids, inherited, block.attn
-                dp_losses.append(
-                    checkpoint(dp_loss, *args, use_reentrant=False)
-                    if block.with_cp else dp_loss(*args))
+            if value is not None:
+                dp_losses.append(value)
         output = x if self.norm is None else normalise(self.norm, x, grid)
         return StageOutput(output if self.norm_in_trunk else x, output,
                            scores.to_next_stage(), grid, dp_losses)

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.fsdp
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, PretrainedInit
 from mmengine.registry import MODELS
 from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 from torch import nn
@@ -251,6 +252,22 @@ def test_compiles_as_one_graph_for_changing_sizes(device):
                 torch.testing.assert_close(out, other)
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, 'is_compiling'),
+    reason='torch is too old to compile LaViT: it has no torch.compiler.is_compiling')
+def test_compiled_and_recomputed_batch_norms_are_counted_once():
+    arch = dict(embed_dims=(8, ), depths=(2, ), num_heads=(1, ), num_va_layers=(1, ))
+    model = randomise(build(
+        arch=arch, sr_ratios=(4, ), out_indices=(0, ), norm_cfg=dict(type='BN'),
+        with_cp=True)).double().train()
+    compiled, x = copy.deepcopy(model), torch.randn(2, 3, 32, 32, dtype=torch.double)
+    total(model(x)).backward()
+    total(torch.compile(compiled, backend='aot_eager')(x)).backward()
+    torch.testing.assert_close(dict(compiled.state_dict()), dict(model.state_dict()))
+    for ours, theirs in zip(compiled.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 @pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (3, ), (1, 2), (0, )])
 @pytest.mark.parametrize('attn_residual, trunk_norm', [(True, True), (False, False)])
 def test_every_parameter_gets_a_gradient(out_indices, attn_residual, trunk_norm,
@@ -448,6 +465,10 @@ BAD = [
     (dict(init_cfg=dict(type='Pretrained')), ValueError, 'init_cfg=',
      'checkpoint=PATH'),
     (dict(init_cfg=[dict(layer='Conv2d')]), ValueError, 'init_cfg=', 'type'),
+    (dict(init_cfg=dict(type='Pretrained', checkpoint=None)), ValueError, 'init_cfg=',
+     'checkpoint=PATH'),
+    (dict(init_cfg=dict(type=PretrainedInit)), ValueError, 'init_cfg=',
+     'checkpoint=PATH'),
     (dict(arch={**ARCH, 'mlp_ratios': (.1, 4, 4, 4)}), ValueError,
      'mlp_ratios=(0.1, 4, 4, 4)', '1 / embed_dims=(8, 16, 24, 32)'),
     (dict(arch={**ARCH, 'mlp_ratios': (float('inf'), 4, 4, 4)}), ValueError,
@@ -713,6 +734,36 @@ def test_ddp_in_one_process_gives_the_gradients_without(free_port, device):
         leave_process_group()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, expected[name])
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.distributed.fsdp, 'fully_shard'),
+    reason='torch is too old: it has no torch.distributed.fsdp.fully_shard')
+def test_layers_that_fsdp_shards_have_the_same_gradients(free_port):
+    x = torch.randn(2, 3, 64, 96, dtype=torch.double)
+    model = randomise(build(dp_loss=dict(loss_weight=10.))).double().train()
+
+    def step() -> None:
+        (total(model(x)) + model.dp_loss.take()).backward()
+
+    step()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):  # FSDP shards nothing else
+            module.to(memory_format=torch.contiguous_format)
+    torch.distributed.init_process_group(
+        'gloo', f'tcp://127.0.0.1:{free_port}', rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh('cpu', (1, ))
+        for block in [block for stage in model.stages for block in stage.blocks]:
+            torch.distributed.fsdp.fully_shard(block, mesh=mesh)
+        torch.distributed.fsdp.fully_shard(model, mesh=mesh)
+        step()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad.full_tensor(), expected[name])
+    finally:
+        leave_process_group()
 
 
 def test_weights_and_optimizer_saved_on_a_device_go_on_on_the_cpu(tmp_path, device):

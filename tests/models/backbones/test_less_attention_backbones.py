@@ -11,7 +11,8 @@ from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from builders import authors_names, leave_process_group, logged, randomise
+from builders import (authors_names, check_mean, leave_process_group, logged,
+                      randomise)
 from mmlavit import DiagonalityPreservingLoss
 
 VIT = dict(embed_dims=12, num_layers=4, num_heads=3, feedforward_channels=24)
@@ -226,19 +227,33 @@ def test_residual_scores_of_the_stage_before_are_added():
         assert (a - b).abs().max() < 1e-12
 
 
+def test_dropout_of_pvts_maps_is_right_on_average():
+    model = randomise(build('PVT', attn_drop_rate=.3), .5).double().eval()
+    attn, seen, x = model.layers[2][1][3].attn.attn, [], torch.randn(1, 3, 64, 64).double()
+    assert type(attn).__name__ == 'LessAttention'
+    attn.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    with torch.no_grad():
+        model(x)
+        attn.train()
+        for _ in range(200):
+            model(x)
+    check_mean(torch.stack(seen[1:]), seen[0])
+
+
 @pytest.mark.parametrize('name, kwargs, error, words', [
     ('ViT', dict(first_la_layer=0), ValueError, 'first_la_layer=0: expected an integer'),
     ('ViT', dict(first_la_layer=1, la_layers=(2, )), ValueError, 'la_layers=.2.*beside'),
-    ('ViT', dict(la_layers=(9, )), ValueError, 'at most 3'),
+    ('ViT', dict(la_layers=(9, )), ValueError, 'la_layers=9.*at most 3'),
     ('ViT', dict(mixing='half'), ValueError, "mixing='half': expected one of"),
     ('ViT', dict(la_layers='2'), TypeError, 'a sequence of integers'),
     ('ViT', dict(dp_loss=dict()), ValueError, 'a backbone with less-attention layers'),
-    ('PVT', dict(la_layers=5), TypeError, 'layers=5: expected a sequence of integers'),
-    ('PVT', dict(la_layers='2', attn_residual=True), TypeError, "layers='2': expected a"),
+    ('PVT', dict(la_layers=5), TypeError, 'la_layers=5: expected a sequence'),
+    ('PVT', dict(la_layers='2', attn_residual=True), TypeError, "la_layers='2'"),
     ('PVT', dict(num_va_layers=(1, 1, 4, 1)), ValueError, 'at most num_layers'),
-    ('PVT', dict(num_va_layers=(0, 1, 1, 1)), ValueError, 'the first of the model'),
+    ('PVT', dict(num_va_layers=(0, 1, 1, 1)), ValueError,
+     r'num_va_layers=\(0, 1, 1, 1\).*at least 1 in the first'),
     ('PVT', dict(num_va_layers=(1, 1, 3, 1), la_layers=(3, )), ValueError, 'None beside'),
-    ('Swin', dict(la_layers=(1, )), ValueError, r'\[4, 5\].*the first shifted one'),
+    ('Swin', dict(la_layers=(1, )), ValueError, r'la_layers=\[1\].*\[4, 5\].*the first shifted one'),
 ])
 def test_bad_arguments_are_named(name, kwargs, error, words):
     with pytest.raises(error, match=words):

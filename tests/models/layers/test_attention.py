@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+from builders import check_mean
 from literal import dense_mix, with_extra
+from mmlavit.models.layers.attend import MAX_BUILT_SCORES
 from mmlavit.models.layers.attention import LessAttention, VanillaAttention
 from mmlavit.models.layers.grid import Grids, merge_heads
 from mmlavit.models.layers.mixing import LowRankMix, TokenMix
@@ -343,6 +345,21 @@ def test_less_attention_projects_neither_q_nor_k():
     la = less()
     names = {name.split('.')[0] for name, _ in la.named_parameters()}
     assert names == {'reduction', 'proj', 'v', 'theta', 'psi'}
+
+
+@pytest.mark.parametrize('most', [1, 2**20], ids=['in pieces', 'at once'])
+@pytest.mark.parametrize('form', ['factored', 'materialised'])
+@pytest.mark.parametrize('parts', [('own', ), ('inherited', ), ('own', 'inherited')])
+def test_dropout_has_the_mean_of_the_map(parts, form, most, monkeypatch):
+    monkeypatch.setitem(MAX_BUILT_SCORES, 'cpu', most)
+    made = {part: random_factors(2, (4, 4), (2, 2)) for part in parts}
+    scores = LayerScores(**{
+        part: x if form == 'factored' else MaterialisedScores(x.dense())
+        for part, x in made.items()})
+    v = torch.randn(2, 2, 4, 3, dtype=torch.double)
+    with torch.no_grad():
+        check_mean(torch.stack([scores.attend(v, .3) for _ in range(400)]),
+                   scores.attend(v, 0.))
 
 
 @pytest.mark.parametrize('path', ['auto', 'factored'])

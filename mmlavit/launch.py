@@ -72,13 +72,15 @@ def main(task: str) -> None:
 
 
 def find_config(argv: List[str]) -> Optional[str]:
-    """The config among the arguments: a Python file if there is one.
+    """The config among the arguments: of those with its suffix one that is there.
 
-    Values of options may have its suffixes too, such as the JSON of ``--out``.
+    Values of options may have its suffixes too, such as the JSON of ``--out``: a Python
+    file is preferred.
     """
     named = [arg for arg in argv if arg.endswith(CONFIG_SUFFIXES)
              and ('=' not in arg or Path(arg).is_file())]
-    return next((arg for arg in named if arg.endswith('.py')), named[0] if named else None)
+    return max(named, default=None,
+               key=lambda arg: (Path(arg).is_file(), arg.endswith('.py')))
 
 
 def find_script(scope: str, task: str) -> Path:
@@ -114,7 +116,11 @@ def replace_sync_bn() -> None:
 
 
 def translate_for_mmseg(argv: List[str]) -> List[str]:
-    """mmseg's script has no ``--auto-scale-lr`` and no ``--resume PATH``."""
+    """mmseg's script has no ``--auto-scale-lr`` and no ``--resume PATH``.
+
+    With a bare ``--resume`` it would go on from the config's ``load_from``, not from the
+    last checkpoint.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument('--resume', nargs='?', const='auto')
     parser.add_argument('--auto-scale-lr', action='store_true')
@@ -122,9 +128,8 @@ def translate_for_mmseg(argv: List[str]) -> List[str]:
     if args.resume and args.resume.endswith(CONFIG_SUFFIXES):
         argv, args.resume = [args.resume, *argv], 'auto'  # no checkpoint: CONFIG
     if args.resume:
-        argv = [*argv, '--resume']
-        if args.resume != 'auto':
-            argv += ['--cfg-options', f'load_from={args.resume}']
+        start = None if args.resume == 'auto' else args.resume
+        argv = [*argv, '--resume', '--cfg-options', f'load_from={start}']
     if args.auto_scale_lr:
         argv = [*argv, '--cfg-options', 'auto_scale_lr.enable=True']
     return argv

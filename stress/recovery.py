@@ -204,7 +204,7 @@ def fine_tune(teacher: Classifier, la_layers: int, fits: bool, seed: int,
         return json.loads(path.read_text())
     model, fitted = stock(teacher.head.out_features), {}
     if la_layers:
-        images = data.images[::len(data.images) // 256][:256]
+        images = data.images[::max(1, len(data.images) // 256)][:256]
         model, fitted = convert(
             teacher, la_layers,
             list(normalise(images).split(32)) if fits else None)

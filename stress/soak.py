@@ -59,7 +59,7 @@ def main() -> None:
         type='RandomResize', scale=(160, 160), ratio_range=(0.3, 1.3))
     config.model.backbone.arch.update(ARCH)
     config.model.backbone.dp_loss = dict()
-    config.model.neck.update(in_channels=[16, 24, 32], out_channels=16)
+    config.model.neck.update(in_channels=[8, 16, 24, 32], out_channels=16)
     config.model.bbox_head.update(in_channels=16, feat_channels=16)
     config.train_cfg = dict(by_epoch=False, max_iters=args.steps)
     config.val_cfg = config.val_dataloader = config.val_evaluator = None

@@ -46,6 +46,12 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if not args.config.is_file():
         parser.error(f'{args.config}: no such config')
+    for option in args.cfg_options:
+        if '=' not in option:
+            parser.error(f'--cfg-options {option}: expected KEY=VALUE')
+    for name, value in (('workers', args.workers), ('examples', args.examples)):
+        if value < 0:
+            parser.error(f'--{name} {value}: expected 0 or more')
     return args
 
 

@@ -217,22 +217,20 @@ def set_threads(steps: Steps) -> None:
 def train(steps: Steps, work_dir: Path, options: dict) -> None:
     # Here, as it takes seconds: it imports torch.
     from mmlavit.analysis.logs import read_scalars
-    epochs, iterations = read_lengths(options)
-    last = last_checkpoint(work_dir)
-    done = int(last.stem.partition('_')[2]) if last else 0  # epoch_2.pth
+    run, iterations = read_run(work_dir, options), iterations_of_epoch(options)
     terminal = sys.stdout.isatty() and not steps.verbose
     with contextlib.closing(Progress(
-            lambda: read_scalars(work_dir), epochs * iterations,
-            done * iterations, terminal)) as progress:
+            lambda: read_scalars(work_dir), run.length * iterations,
+            run.done * iterations, terminal)) as progress:
         steps.run(sys.executable, 'tools/train.py', CONFIG, '--work-dir',
                   work_dir, '--resume', *as_arguments(options), watch=progress)
 
 
 def test(steps: Steps, work_dir: Path, options: dict) -> None:
     shutil.rmtree(work_dir / 'test', ignore_errors=True)
-    steps.run(sys.executable, 'tools/test.py', CONFIG, last_checkpoint(work_dir),
-              '--work-dir', work_dir / 'test', '--show-dir', 'pictures',
-              *as_arguments(options))
+    steps.run(sys.executable, 'tools/test.py', CONFIG,
+              work_dir / read_run(work_dir, options).checkpoint, '--work-dir',
+              work_dir / 'test', '--show-dir', 'pictures', *as_arguments(options))
 
 
 def report(steps: Steps, work_dir: Path, *arguments) -> None:
@@ -242,22 +240,26 @@ def report(steps: Steps, work_dir: Path, *arguments) -> None:
         print(table, end='')
 
 
-def last_checkpoint(work_dir: Path) -> Optional[Path]:
-    path = work_dir / 'last_checkpoint'
-    return Path(path.read_text()) if path.is_file() else None
+def read_run(work_dir: Path, options: dict):
+    """How far the training has come."""
+    from mmlavit.analysis import runs
+    return runs.read_run(read_config(options), work_dir, {})
 
 
-def read_lengths(options: dict) -> tuple:
-    """The epochs of the training, and the iterations of one."""
+def read_config(options: dict) -> Config:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # mmengine's import of pkg_resources
         config = Config.fromfile(CONFIG)
     config.merge_from_dict(options)
-    loader = config.train_dataloader
+    return config
+
+
+def iterations_of_epoch(options: dict) -> int:
+    loader = read_config(options).train_dataloader
     file = Path(loader.dataset.data_root, loader.dataset.ann_file)
     images = loader.dataset.get('indices') or len(
         json.loads(file.read_text())['images'])
-    return config.train_cfg.max_epochs, math.ceil(images / loader.batch_size)
+    return math.ceil(images / loader.batch_size)
 
 
 def as_arguments(options: dict) -> List[str]:

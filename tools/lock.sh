@@ -6,6 +6,7 @@
 #   bash tools/lock.sh              keeps the versions that may stay
 #   bash tools/lock.sh --upgrade    takes the newest that the constraints allow
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 TOOL=$(mktemp -d)

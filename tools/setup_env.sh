@@ -21,6 +21,7 @@
 #
 # tools/demo.sh and tools/test.sh source this file and then run in .venv.
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-python3}
@@ -239,7 +240,11 @@ setup_env() {
     check_python
     local wanted
     wanted="$(python_version "$PYTHON") $(cat requirements/*.txt setup.py tools/setup_env.sh | cksum)"
-    wanted="$wanted $MMCV_CUDA_OPS $HASHES $({ nvidia-smi -L 2>/dev/null || true; } | wc -l) $PWD"
+    wanted="$wanted $MMCV_CUDA_OPS $HASHES $PWD"
+    # Elsewhere the ops do not depend on whether there is a GPU.
+    if [ "$MMCV_CUDA_OPS" = 1 ]; then
+        wanted="$wanted $({ nvidia-smi -L 2>/dev/null || true; } | wc -l)"
+    fi
     if [ "$(head -n 1 "$STAMP" 2>/dev/null)" = "$wanted" ]; then
         say "$VENV is up to date."
     else

@@ -83,8 +83,9 @@ def parse_args() -> argparse.Namespace:
         '--run', action='store_true',
         help='train what is not complete; default: off; e.g. --run')
     parser.add_argument(
-        '--gpus', type=int, default=8, metavar='N',
-        help='of a training; default: %(default)s; e.g. --gpus 4')
+        '--gpus', type=int, metavar='N',
+        help="of a training; default: the recipe's, 8 in the paper's tables; with "
+        'another number the learning rate is scaled; e.g. --gpus 4')
     parser.add_argument(
         '--train-args', nargs=argparse.REMAINDER, default=[],
         help='the rest of the line, for tools/train.py; default: none; e.g. '

@@ -149,7 +149,7 @@ class NextStep(NamedTuple):
     command: List[str]  # a script in tools and its arguments; empty: nothing
 
 
-def next_step(row: Row, work_dirs: Path, gpus: int,
+def next_step(row: Row, work_dirs: Path, gpus: Optional[int],
               train_args: Sequence[str]) -> NextStep:
     """Trains what is not complete, tests what was not validated.
 
@@ -157,24 +157,32 @@ def next_step(row: Row, work_dirs: Path, gpus: int,
         row (Row): One with a config.
         work_dirs (Path): Where a config's pre-training is looked for, if it expects
             one in ``work_dirs``.
-        gpus (int): For the script.
+        gpus (int, optional): For the script. None: as many as the recipe has. With
+            another number the learning rate is scaled.
         train_args (Sequence[str]): Further arguments of a training.
     """
     run = row.run
+    gpus = gpus or recipe_gpus(row.config)
     if not run.complete:
         title = (f'resumed from {run.unit} {run.done} of {run.length}'
                  if run.done else 'started')
         command = ['dist_train.sh', row.config, gpus, '--work-dir', row.work_dir,
-                   '--resume', *train_args, *pretraining_in(work_dirs, row.config)]
+                   '--resume', '--auto-scale-lr', *train_args,
+                   *pretraining_in(work_dirs, row.config)]
     elif run.figures_of != run.done:
         # Cut off between the last checkpoint and its validation.
         title = 'complete, tested'
-        last = (row.work_dir / 'last_checkpoint').read_text()
-        command = ['dist_test.sh', row.config, last, gpus, '--work-dir',
-                   row.work_dir / 'test']
+        command = ['dist_test.sh', row.config, row.work_dir / run.checkpoint, gpus,
+                   '--work-dir', row.work_dir / 'test']
     else:
         title, command = 'complete, skipped', []
     return NextStep(title, list(map(str, command)))
+
+
+def recipe_gpus(config: Path) -> int:
+    """On how many GPUs a config has the batch of its learning rate."""
+    config = Config.fromfile(config)
+    return config.auto_scale_lr.base_batch_size // config.train_dataloader.batch_size
 
 
 def pretraining_in(work_dirs: Path, config: Path) -> List[str]:

@@ -21,6 +21,11 @@ class Run(NamedTuple):
     def complete(self) -> bool:
         return self.done >= self.length
 
+    @property
+    def checkpoint(self) -> str:
+        """The name of the last one in the work directory."""
+        return f'{self.unit}_{self.done}.pth'
+
     def __str__(self) -> str:
         if not self.done:
             return 'not yet run'
@@ -46,9 +51,7 @@ def read_run(config: Config, work_dir: Path, names: Mapping[str, str],
     train_cfg = config.train_cfg
     unit, length = (('iter', train_cfg.max_iters) if 'max_iters' in train_cfg else
                     ('epoch', train_cfg.max_epochs))
-    last = work_dir / 'last_checkpoint'
-    match = last.is_file() and re.search(rf'{unit}_(\d+)\.pth', last.read_text())
-    done = int(match[1]) if match else 0
+    done = last_step(work_dir, unit)
     found = [] if result else select(read_scalars(work_dir), names)
     if not found or found[-1].get('step') != done:
         # Of a test, where the last checkpoint was not validated: it is taken to be of
@@ -59,6 +62,18 @@ def read_run(config: Config, work_dir: Path, names: Mapping[str, str],
     figures = dict(found[-1]) if found else {}
     figures_of = figures.pop('step', 0)
     return Run(done, length, unit, figures, figures_of)
+
+
+def last_step(work_dir: Path, unit: str) -> int:
+    """Of the last checkpoint; 0: there is none.
+
+    By the file that names it, or, where a kill left that empty, by the checkpoints.
+    """
+    last = work_dir / 'last_checkpoint'
+    names = last.read_text() if last.is_file() else ''
+    if not names:
+        names = ' '.join(path.name for path in work_dir.glob(f'{unit}_*.pth'))
+    return max(map(int, re.findall(rf'\b{unit}_(\d+)\.pth\b', names)), default=0)
 
 
 def select(lines: Sequence[dict], names: Mapping[str, str]) -> List[dict]:

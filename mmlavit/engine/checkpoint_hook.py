@@ -10,7 +10,7 @@ from mmengine._strategy import DDPStrategy, SingleDeviceStrategy
 from mmengine.dist import (all_gather_object, broadcast_object_list, get_rank,
                            get_world_size, is_main_process)
 from mmengine.model import BaseTTAModel, is_model_wrapper
-from mmengine.optim import OptimWrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import (BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop,
                              Runner, find_latest_checkpoint)
@@ -222,9 +222,12 @@ class CheckpointHook(mmengine.hooks.CheckpointHook):
             self._prepare_to_resume(runner, name, checkpoint)
 
     def _prepare_to_resume(self, runner, name: str, checkpoint: dict) -> None:
-        if 'optimizer' in checkpoint and isinstance(runner.optim_wrapper, OptimWrapper):
+        ours = runner.optim_wrapper
+        # Not of several optimizers, each with its own groups
+        if (isinstance(ours, OptimWrapper) and not isinstance(ours, OptimWrapperDict)
+                and 'param_groups' in checkpoint.get('optimizer', {})):
             try:
-                merge_checkpoint(checkpoint, runner.optim_wrapper)
+                merge_checkpoint(checkpoint, ours)
             except ValueError as error:
                 raise ValueError(f'{name}: {error}') from None
         states = checkpoint.get('random_states', [])

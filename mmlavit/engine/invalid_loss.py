@@ -7,7 +7,6 @@ from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
-from mmengine.runner import EpochBasedTrainLoop
 from torch import Tensor, nn
 
 
@@ -62,10 +61,8 @@ class InvalidLossHook(Hook):
         """Raises FloatingPointError if a weight is invalid."""
         for name, value in checkpoint['state_dict'].items():
             if isinstance(value, Tensor) and not value.isfinite().all():
-                # Between epochs the step is counted already.
-                by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
                 raise FloatingPointError(
-                    f'Step {runner.iter + (not by_epoch)}: the weights {name} are not '
+                    f'Step {checkpoint["meta"]["iter"]}: the weights {name} are not '
                     'finite, so they were not saved. The checkpoints before '
                     'are as they were; lower the learning rate or clip '
                     'gradients (optim_wrapper.clip_grad), and go on with '

@@ -81,6 +81,9 @@ class MergedGroupsConstructor(DefaultOptimWrapperConstructor):
                 0 < rate <= 1):
             raise ValueError(f'paramwise_cfg.layer_decay_rate={rate!r}: expected a '
                              'number above 0 and at most 1, such as 0.9')
+        if self.base_lr is None:
+            raise ValueError(f'optimizer.lr=None beside layer_decay_rate={rate}: expected '
+                             'a number')
         prefix = 'backbone.' if hasattr(model, 'backbone') else ''
         backbone = model.backbone if prefix else model
         if not hasattr(backbone, 'get_layer_depth'):

@@ -100,7 +100,9 @@ def load_from_local(filename: str, map_location=None) -> dict:
     Raises:
         FileNotFoundError, PermissionError: If there is no such file, or it may not be
             read.
-        ValueError: If it is no checkpoint, is damaged, or would run code.
+        MemoryError: If it does not fit.
+        ValueError: If it is no checkpoint, is damaged, would run code, or holds tensors
+            of a GPU where there is none.
     """
     path = os.path.expanduser(filename)
     if not os.path.isfile(path):
@@ -115,6 +117,12 @@ def load_from_local(filename: str, map_location=None) -> dict:
     except (PermissionError, torch.cuda.OutOfMemoryError):
         raise  # the file may be whole
     except Exception as error:
+        size = os.path.getsize(path)
+        if isinstance(error, MemoryError) or 'alloc_cpu' in str(error):
+            raise MemoryError(f'{filename}: no memory for its {size} bytes') from None
+        if 'deserialize object on a CUDA device' in str(error):
+            raise ValueError(f"{filename}: holds tensors of a GPU, and here is none: pass "
+                             "map_location='cpu'") from None
         # Torch's own message goes on with advice to run the code.
         found = re.search(r'GLOBAL [\w.]+|refused to look up .*', str(error))
         if found:
@@ -126,7 +134,7 @@ def load_from_local(filename: str, map_location=None) -> dict:
         why = re.split(r'\. |\n', why)[0]
         raise ValueError(
             f'{filename}: this is no checkpoint, or a damaged one, of '
-            f'{os.path.getsize(path)} bytes ({type(error).__name__}: {why}); '
+            f'{size} bytes ({type(error).__name__}: {why}); '
             'expected a file written by torch.save') from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f'{filename}: holds a {type(checkpoint).__name__}: '

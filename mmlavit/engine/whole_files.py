@@ -2,6 +2,7 @@
 import os
 import socket
 
+from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 
 
@@ -11,25 +12,18 @@ class WholeFileBackend(LocalBackend):
     def put(self, obj: bytes, filepath) -> None:
         """Writes bytes beside the file and then takes the file's place.
 
+        Several ranks may write the same file: mmengine has each write its metrics, the
+        toolboxes pictures of the same name. The last one stays.
+
         Raises:
             OSError: If that fails; what was there before is as it was.
         """
-        self._put(obj, filepath, '.part')
-
-    def put_text(self, obj: str, filepath, encoding: str = 'utf-8') -> None:
-        """As `put`.
-
-        mmengine has every rank write its metrics to the same file. They differ in
-        length, so that one over the other would be no JSON.
-        """
-        self._put(obj.encode(encoding), filepath,
-                  f'.{socket.gethostname()}.{os.getpid()}.part')
-
-    def _put(self, obj: bytes, filepath, suffix: str) -> None:
         filepath = os.path.realpath(filepath)  # a link stays one
         if os.path.exists(filepath) and not os.path.isfile(filepath):
             return super().put(obj, filepath)  # a pipe or a device
-        part = f'{filepath}{suffix}'
+        # The main rank's has one name, so that what a kill left is written over.
+        rank = '' if is_main_process() else f'.{socket.gethostname()}.{os.getpid()}'
+        part = f'{filepath}{rank}.part'
         try:
             super().put(obj, part)
             with open(part, 'rb+') as file:  # Windows syncs no file open for reading
@@ -41,6 +35,10 @@ class WholeFileBackend(LocalBackend):
             raise OSError(
                 error.errno, f'{error.strerror}, for {len(obj)} bytes; what '
                 'was there before is as it was', str(filepath)) from error
+
+    def put_text(self, obj: str, filepath, encoding: str = 'utf-8') -> None:
+        """As `put`."""
+        self.put(obj.encode(encoding), filepath)
 
 
 def install() -> None:

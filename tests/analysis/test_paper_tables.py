@@ -112,18 +112,24 @@ def test_what_is_left_to_do_is_done(tmp_path):
         title, command = next_step(row, tmp_path, 2, ['--amp'])
         return title, ' '.join(command)
 
-    train = f'dist_train.sh {config} 2 --work-dir {work_dir} --resume --amp'
+    train = (f'dist_train.sh {config} 2 --work-dir {work_dir} --resume '
+             '--auto-scale-lr --amp')
     assert step() == ('started', train)
     write_log(work_dir, {'accuracy/top1': 1., 'step': 299})
     (work_dir / 'last_checkpoint').write_text('epoch_299.pth')
     assert step() == ('resumed from epoch 299 of 300', train)
     (work_dir / 'last_checkpoint').write_text('epoch_300.pth')
     # Cut off before its last validation: only tested.
-    assert step() == ('complete, tested', f'dist_test.sh {config} epoch_300.pth 2 '
-                      f'--work-dir {work_dir}/test')
+    assert step() == ('complete, tested', f'dist_test.sh {config} '
+                      f'{work_dir}/epoch_300.pth 2 --work-dir {work_dir}/test')
     (work_dir / 'test/20250102_000000').mkdir(parents=True)
     (work_dir / 'test/20250102_000000/x.json').write_text('{"accuracy/top1": 2.0}')
     assert step() == ('complete, skipped', '')
+    # On as many GPUs as the recipe has, where none are asked for.
+    for table, name, gpus in (('detection', 'LaViT-T 1x', '8'),
+                              ('tiny_imagenet', 'LaViT-N', '1')):
+        row, = rows_of(table, name, tmp_path)
+        assert next_step(row, tmp_path, None, []).command[2] == gpus
     # The pre-training is where this command trained it.
     row, = rows_of('detection', 'LaViT-T 1x', tmp_path)
     assert next_step(row, tmp_path, 2, []).command[-2:] == [

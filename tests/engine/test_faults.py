@@ -10,6 +10,7 @@ import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -232,6 +233,11 @@ def test_pretrained_weights_must_be_of_this_architecture(tmp_path):
     save(ARCH)
     with pytest.raises(ValueError, match='blocks.2 is in the checkpoint alone'):
         load(tiny)
+    patches = {name: x for name, x in LaViT(tiny).state_dict().items()
+               if 'patch_embed' in name}
+    torch.save(patches, tmp_path / 'x.pth')
+    with pytest.raises(ValueError, match='blocks.0 is not in the .*Check arch'):
+        load(tiny, prefix=None)
     torch.save(torch.nn.Conv2d(3, 8, 7).state_dict(), tmp_path / 'x.pth')
     with pytest.raises(ValueError, match="begins with 'weight'"):
         load(tiny, prefix=None)
@@ -404,6 +410,22 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(trained, monkeypatch)
         safe_loading.load_from_local(str(trained / 'epoch_1.pth'))
 
 
+@pytest.mark.parametrize('kind, raised, words', [
+    (RuntimeError('[enforce fail at alloc_cpu.cpp:127] err == 0'), MemoryError,
+     r'no memory for its \d+ bytes'),
+    (MemoryError(), MemoryError, r'no memory for its \d+ bytes'),
+    (RuntimeError('Attempting to deserialize object on a CUDA device but'), ValueError,
+     "map_location='cpu'")])
+def test_a_file_that_this_machine_cannot_hold_is_not_called_damaged(
+        kind, raised, words, trained, monkeypatch):
+    def fail(*args, **kwargs):
+        raise kind
+
+    monkeypatch.setattr(safe_loading.torch, 'load', fail)
+    with pytest.raises(raised, match=f'epoch_1.pth: .*{words}'):
+        safe_loading.load_from_local(str(trained / 'epoch_1.pth'))
+
+
 def test_moved_work_directory_resumes_its_last_checkpoint(digits, trained,
                                                           tmp_path):
     """By the name, not by the time at which a file was copied."""
@@ -474,23 +496,26 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ['best.pth', 'new']
 
 
-def write_often(path: str, length: int) -> None:
-    for _ in range(40):
-        dump(dict(x='0' * length), path, file_format='json')
+def write_often(rank: int, path: str, length: int) -> None:
+    with mock.patch('mmengine.dist.utils.get_rank', return_value=rank):
+        for _ in range(40):
+            dump(dict(x='0' * length), path, file_format='json')
+            get_file_backend(path).put(b'0' * length, f'{path}.png')
 
 
 def test_ranks_that_write_the_same_file_leave_one_of_theirs(tmp_path):
-    """As mmengine's ranks do with the metrics of a test."""
+    """As mmengine's ranks do with the metrics of a test, the toolboxes' with pictures."""
     path = tmp_path / 'x.json'
     ranks = [multiprocessing.get_context('fork').Process(
-        target=write_often, args=(str(path), length)) for length in (10, 5000)]
+        target=write_often, args=(rank, str(path), length))
+        for rank, length in enumerate((10, 5000, 500))]
     for rank in ranks:
         rank.start()
     while any(rank.is_alive() for rank in ranks):
         if path.is_file():
-            assert len(json.loads(path.read_text())['x']) in (10, 5000)
-    assert [rank.exitcode for rank in ranks] == [0, 0]
-    assert os.listdir(tmp_path) == ['x.json']
+            assert len(json.loads(path.read_text())['x']) in (10, 5000, 500)
+    assert [rank.exitcode for rank in ranks] == [0, 0, 0]
+    assert sorted(os.listdir(tmp_path)) == ['x.json', 'x.json.png']
 
 
 # Invalid losses and repeatability -------------------------------------------
@@ -583,17 +608,26 @@ def test_an_invalid_loss_of_one_rank_stops_all_and_is_named(tmp_path, free_port)
     assert 'first that is not finite is of layer' in message
 
 
-def test_invalid_weights_are_not_saved(digits, tmp_path):
+@pytest.mark.parametrize('by_epoch, of_epochs', [
+    (True, True), (True, False), (False, False)])
+def test_invalid_weights_are_not_saved(by_epoch, of_epochs, digits, tmp_path):
+    """With the step at which they are, however steps are counted and saved."""
     class Spoil(Hook):
         def after_train_iter(self, runner, *args, **kwargs):
             if runner.iter == 7:
                 runner.model.head.fc.weight.data[0, 0] = float('nan')
 
-    runner = make_runner(digits_config(digits), tmp_path)
+    config = digits_config(digits, default_hooks__checkpoint=dict(
+        type='CheckpointHook', interval=1 if of_epochs else 4, by_epoch=of_epochs))
+    if not by_epoch:
+        config.train_cfg = dict(by_epoch=False, max_iters=12)
+        config.train_dataloader.sampler.type = 'InfiniteSampler'
+    runner = make_runner(config, tmp_path)
     runner.register_hook(Spoil())
     with pytest.raises(FloatingPointError, match='Step 8: the weights head.fc.weight'):
         runner.train()
-    assert {path.name for path in tmp_path.glob('*.pth*')} == {'epoch_1.pth'}
+    assert {path.name for path in tmp_path.glob('*.pth*')} == {
+        'epoch_1.pth' if of_epochs else 'iter_4.pth'}
 
 
 def test_deterministic_mode_gives_the_same_weights_twice(digits, tmp_path):

@@ -227,6 +227,13 @@ def test_a_backbone_alone_decays_as_in_its_model():
         name: group['lr'] for name, group in whole.items() if 'backbone' in name}
 
 
+def test_layers_decay_a_learning_rate_that_there_is():
+    with pytest.raises(ValueError, match='optimizer.lr=None beside layer_decay_rate=0.5'):
+        build_optim_wrapper(classifier(), dict(
+            constructor='MergedGroupsConstructor', optimizer=dict(type='Rprop'),
+            paramwise_cfg=dict(layer_decay_rate=.5)))
+
+
 @pytest.mark.parametrize('rate', [0, 1.1, '0.9', True])
 def test_wrong_decay_rates_are_named(rate):
     with pytest.raises(ValueError, match=f'layer_decay_rate={rate!r}: expected a number'):

@@ -11,9 +11,12 @@ import torch
 from builders import (RANDOM_IMAGES, assert_same, digits_config, make_runner,
                       train)
 from mmengine.evaluator import BaseMetric
-from mmengine.optim import OptimWrapper, build_optim_wrapper
+from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper, OptimWrapperDict, build_optim_wrapper
 from mmengine.registry import METRICS
+from mmengine.runner import Runner
 from mmengine.runner.loops import _InfiniteDataloaderIterator
+from torch.utils.data import DataLoader
 
 from mmlavit.engine import checkpoint_hook
 from mmlavit.engine.checkpoint_hook import CheckpointHook
@@ -192,6 +195,42 @@ def test_mmengines_groups_are_taken_up_by_merged_ones(digits, tmp_path):
     resumed = runner.train().state_dict()
     assert len(runner.optim_wrapper.optimizer.param_groups) == 3
     assert_same(resumed, whole)
+
+
+class TwoOptimizers(BaseModel):
+    """As of a generator and a discriminator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = torch.nn.ModuleDict(
+            {name: torch.nn.Linear(1, 1) for name in ('first', 'second')})
+
+    def forward(self, x, mode: str = 'loss'):
+        return x
+
+    def train_step(self, x, optim_wrapper) -> dict:
+        for name, part in self.parts.items():
+            optim_wrapper[name].update_params(part(x).square().mean())
+        return {}
+
+
+def test_several_optimizers_are_resumed(tmp_path):
+    def train_two(**options) -> dict:
+        torch.manual_seed(0)
+        model = TwoOptimizers()
+        config = dict(type='SGD', lr=.1, momentum=.9)
+        wrappers = {name: build_optim_wrapper(part, dict(optimizer=config))
+                    for name, part in model.parts.items()}
+        runner = Runner(
+            model, str(tmp_path), train_dataloader=DataLoader(torch.ones(4, 1)),
+            train_cfg=dict(by_epoch=True, max_epochs=2), experiment_name=str(options),
+            optim_wrapper=OptimWrapperDict(**wrappers), **options)
+        return runner.train().state_dict()
+
+    whole = train_two()
+    (tmp_path / 'epoch_2.pth').unlink()
+    (tmp_path / 'last_checkpoint').unlink()
+    assert_same(train_two(resume=True), whole)
 
 
 def optim_wrapper(constructor: str, **paramwise) -> OptimWrapper:

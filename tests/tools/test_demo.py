@@ -150,8 +150,19 @@ def test_the_bars_length_is_the_trainings(tmp_path, monkeypatch):
     data = tmp_path / 'data/digits/annotations/train.json'
     data.parent.mkdir(parents=True)
     data.write_text(json.dumps(dict(images=[{}] * 1501)))
-    assert demo.read_lengths({}) == (6, 376)
-    assert demo.read_lengths({**demo.SHORT, 'train_cfg.max_epochs': 2}) == (2, 6)
+    assert demo.iterations_of_epoch({}) == 376
+    assert demo.iterations_of_epoch(demo.SHORT) == 6
+
+
+@pytest.mark.parametrize('named', ['/gone/epoch_2.pth', ''])
+def test_the_last_checkpoint_is_found_in_a_moved_folder(named, tmp_path):
+    """And where a kill left the file empty that names it."""
+    for name in ('epoch_1.pth', 'epoch_2.pth', 'epoch_3-9a8b7c6d.pth'):
+        (tmp_path / name).touch()
+    (tmp_path / 'last_checkpoint').write_text(named)
+    run = demo.read_run(tmp_path, {'train_cfg.max_epochs': 4})
+    assert (run.done, run.length) == (2, 4)
+    assert run.checkpoint == 'epoch_2.pth'
 
 
 def test_a_run_of_other_code_is_removed(tmp_path, monkeypatch):

@@ -57,6 +57,13 @@ def test_digits_boxes_and_masks_agree(digits):
             assert any((digits / 'classes' / split / str(label)).iterdir())
 
 
+def test_the_soak_runs(tmp_path):
+    ran = run_tool('soak', tmp_path, '--steps', 4, folder='stress')
+    assert ran.returncode == 0, ran.stderr
+    assert re.search(r'4 steps; second half: .* MiB per 1000 steps', ran.stdout)
+    assert (tmp_path / 'work/last_checkpoint').is_file()
+
+
 def test_every_second_class_of_tiny_imagenet(tmp_path):
     archive, out = tmp_path / 'tiny-imagenet-200', tmp_path / 'out'
     for name in 'dbca':
@@ -110,7 +117,8 @@ def test_digits_are_reproducible_and_nothing_else_is_overwritten(
 
 @pytest.mark.parametrize('argv, expected', [
     (['c.py', '--amp'], ['c.py', '--amp']),
-    (['c.py', '--resume'], ['c.py', '--resume']),
+    (['c.py', '--resume'],
+     ['c.py', '--resume', '--cfg-options', 'load_from=None']),
     (['c.py', '--resume', 'a.pth'],
      ['c.py', '--resume', '--cfg-options', 'load_from=a.pth']),
     (['c.py', '--auto-scale-lr', '--cfg-options', 'a=1', 'b=2'],
@@ -146,16 +154,35 @@ def test_shell_tools_name_what_is_wrong(command, message, free_port):
 
 
 def test_shell_tools_ask_for_the_environment(tmp_path):
-    (tmp_path / 'python').symlink_to(shutil.which('false'))
+    """Though the current folder, the root of a clone, has mmlavit."""
+    (tmp_path / 'torch').mkdir()
+    python = tmp_path / 'python'
+    # Without site-packages; there is a torch, but it is not mmlavit's environment.
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
     assert 'source .venv/bin/activate' in run(
         'bash', 'tools/dist_train.sh', 'x.py', '1', check=False,
         PATH=f'{tmp_path}:{os.environ["PATH"]}')
 
 
+def test_shell_tools_name_restarts_that_are_no_number():
+    assert 'MAX_RESTARTS=x: expected' in run(
+        'bash', 'tools/dist_train.sh', 'x.py', '1', check=False, MAX_RESTARTS='x')
+
+
+def test_a_config_in_yaml_is_found_behind_values_with_its_suffix(tmp_path):
+    config = tmp_path / 'c.yml'
+    config.touch()
+    assert launch.find_config(['--out', 'r.json', str(config), 'x.pth']) == str(config)
+    assert launch.find_config(['--work-dir', 'w.py', str(config)]) == str(config)
+    assert launch.find_config(['--out', 'r.json', 'c.py']) == 'c.py'
+    assert launch.find_config(['--resume']) is None
+
+
 def test_config_is_found_behind_resume_and_below_odd_folders(tmp_path):
     argv = ['--work-dir', 'x', '--resume', 'a.py']
-    assert launch.translate_for_mmseg(argv) == ['a.py', '--work-dir', 'x',
-                                                '--resume']
+    assert launch.translate_for_mmseg(argv) == [
+        'a.py', '--work-dir', 'x', '--resume', '--cfg-options', 'load_from=None']
     config = tmp_path / 'lr=1e-4' / 'x.py'
     config.parent.mkdir()
     config.write_text("default_scope = 'none'")

@@ -76,7 +76,6 @@ param_scheduler = [
         type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=100),
     dict(
         type='CosineAnnealingLR',
-        T_max=num_epochs,
         eta_min_ratio=0.01,
         by_epoch=True,
         convert_to_iter_based=True)

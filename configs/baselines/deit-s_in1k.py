@@ -2,3 +2,4 @@
 _base_ = 'mmpretrain::deit/deit-small_4xb256_in1k.py'
 
 train_dataloader = dict(batch_size=128)  # 1024 on 8 GPUs
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=3, save_best='auto'))

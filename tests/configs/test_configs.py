@@ -305,6 +305,25 @@ def test_coco_configs_follow_the_published_schedule(name):
     assert config.model.backbone.get('max_key_grid') == (14 if 'k14' in name else None)
 
 
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_the_learning_rate_can_be_scaled(path):
+    assert load(path).auto_scale_lr.base_batch_size > 0
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_few_checkpoints_are_kept(path):
+    checkpoint, train_cfg = load(path).default_hooks.checkpoint, load(path).train_cfg
+    length = train_cfg.get('max_epochs') or train_cfg.max_iters
+    assert 0 < checkpoint.get('max_keep_ckpts', length // checkpoint.interval) <= 36
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_a_longer_training_has_a_longer_schedule(path):
+    """A T_max of its own would let the learning rate rise again."""
+    assert all(schedule.get('T_max') is None for schedule in load(path).param_scheduler
+               if 'end' not in schedule)
+
+
 def test_building_leaves_the_config_as_it_is():
     config = load(ROOT / 'configs/semantic_fpn_lavit_t_ade20k.py')
     before = config.pretty_text

@@ -299,8 +299,8 @@ class LaViT(MapBackbone, BaseModule):
 
         Returns:
             tuple[Tensor]: For every stage in ``out_indices`` a map (B, C_i,
-            ceil(H / stride_i), ceil(W / stride_i)), contiguous as the input is
-            (channels-last if that is).
+            ceil(H / stride_i), ceil(W / stride_i)), contiguous if the input is,
+            else channels-last.
 
         Raises:
             ValueError: If ``x`` is not of that shape.

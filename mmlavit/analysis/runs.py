@@ -67,13 +67,16 @@ def read_run(config: Config, work_dir: Path, names: Mapping[str, str],
 def last_step(work_dir: Path, unit: str) -> int:
     """Of the last checkpoint; 0: there is none.
 
-    By the file that names it, or, where a kill left that empty, by the checkpoints.
+    By the file that names it, or, where a kill left that cut off, by the checkpoints.
     """
     last = work_dir / 'last_checkpoint'
-    names = last.read_text() if last.is_file() else ''
-    if not names:
-        names = ' '.join(path.name for path in work_dir.glob(f'{unit}_*.pth'))
-    return max(map(int, re.findall(rf'\b{unit}_(\d+)\.pth\b', names)), default=0)
+    named = [last.read_text()] if last.is_file() else []
+    there = [path.name for path in work_dir.glob(f'{unit}_*.pth')]
+    for names in named, there:
+        found = re.findall(rf'\b{unit}_(\d+)\.pth\b', ' '.join(names))
+        if found:
+            return max(map(int, found))
+    return 0
 
 
 def select(lines: Sequence[dict], names: Mapping[str, str]) -> List[dict]:

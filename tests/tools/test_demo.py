@@ -154,9 +154,9 @@ def test_the_bars_length_is_the_trainings(tmp_path, monkeypatch):
     assert demo.iterations_of_epoch(demo.SHORT) == 6
 
 
-@pytest.mark.parametrize('named', ['/gone/epoch_2.pth', ''])
+@pytest.mark.parametrize('named', ['/gone/epoch_2.pth', '', '/gone/epo'])
 def test_the_last_checkpoint_is_found_in_a_moved_folder(named, tmp_path):
-    """And where a kill left the file empty that names it."""
+    """And where a kill cut off the file that names it."""
     for name in ('epoch_1.pth', 'epoch_2.pth', 'epoch_3-9a8b7c6d.pth'):
         (tmp_path / name).touch()
     (tmp_path / 'last_checkpoint').write_text(named)

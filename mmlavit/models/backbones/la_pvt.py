@@ -234,8 +234,8 @@ class LessAttentionPVT(MapBackbone, PyramidVisionTransformer):
     ``attn.attn.in_proj_*`` is ``attn.attn.v.*``, and ``attn.attn.theta``, ``.psi`` and
     ``.downsample`` are new. Checkpoints of the stock class load: what LA layers lack is
     dropped, and the log says so. With ``attn_residual`` that takes ``strict=False``, for
-    they lack the downsampling of its VA layers. PVTv2 is served by `LaViT`'s presets ``pvtv2_b0`` to
-    ``pvtv2_b5``.
+    they lack the downsampling of its VA layers. PVTv2 is served by `LaViT`'s presets
+    ``pvtv2_b0`` to ``pvtv2_b5``.
 
     Grids of tokens must be multiples of the spatial reduction, as with images padded to
     a multiple of 32 pixels.

@@ -48,11 +48,11 @@ def test_run_starts_resumes_and_skips(tmp_path):
         env={**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}'})
     assert '[1/4] A (a.py): complete, skipped' in done.stdout
     assert '[2/4] B (b.py): resumed from epoch 3 of 4' in done.stdout
-    assert ('dist_train.sh b.py 2 --work-dir work/b --resume --amp\n'
+    assert ('dist_train.sh b.py 2 --work-dir work/b --resume --auto-scale-lr --amp\n'
             in done.stdout)
     # Cut off before its last validation: only tested.
     assert '[3/4] U (u.py): complete, tested' in done.stdout
-    assert ('dist_test.sh u.py epoch_4.pth 2 --work-dir work/u/test\n'
+    assert ('dist_test.sh u.py work/u/epoch_4.pth 2 --work-dir work/u/test\n'
             in done.stdout)
     # The pre-training is where this command trained it.
     assert '[4/4] C (c.py): started' in done.stdout

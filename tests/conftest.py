@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from builders import run_tool
+from mmengine.logging import MMLogger
 from mmengine.visualization import Visualizer
 
 # The shell scripts take python from the PATH.
@@ -96,9 +97,11 @@ def own_visualizers():
 @pytest.fixture(autouse=True)
 def own_log_level():
     """Tools that run in this process quieten the logs for the rest of it."""
-    before = logging.root.manager.disable
+    logger = MMLogger.get_current_instance()
+    before, level = logging.root.manager.disable, logger.level
     yield
     logging.disable(before)
+    logger.setLevel(level)  # mmengine's loggers forget here that they were disabled
 
 
 # What an environment made with TOOLBOXES=mmpretrain lacks; elsewhere nothing.

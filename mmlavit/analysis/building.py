@@ -7,6 +7,7 @@ from typing import Iterator, List, Optional, Union
 
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, Registry, init_default_scope
 from mmengine.runner import CheckpointLoader, load_checkpoint
@@ -129,9 +130,11 @@ def load_weights(model: nn.Module, checkpoint: Optional[Path]) -> dict:
 @contextmanager
 def quiet() -> Iterator[None]:
     """No log of each parameter's initialisation."""
-    before = logging.root.manager.disable
-    logging.disable(logging.INFO)
+    # Not logging.disable: mmengine's loggers remember that they were disabled.
+    logger = MMLogger.get_current_instance()
+    before = logger.level
+    logger.setLevel(max(before, logging.WARNING))
     try:
         yield
     finally:
-        logging.disable(before)
+        logger.setLevel(before)

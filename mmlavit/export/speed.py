@@ -15,6 +15,7 @@ from .choose import choose_part
 from .parts import Part
 from .programs import export_program, to_fixed_onnx, to_onnx
 from .shrink import quantise_linear
+from .verify import openvino_core
 
 # What can run which type of numbers; 'int8' has linear layers alone in int8.
 RUNTIMES = dict(
@@ -151,8 +152,7 @@ def onnxruntime_step(path: Path, dtype: str, images) -> Step:
 
 
 def openvino_step(path: Path, dtype: str, images) -> Step:
-    import openvino
-    model = openvino.Core().compile_model(path, 'CPU', {
+    model = openvino_core().compile_model(path, 'CPU', {
         'INFERENCE_PRECISION_HINT': 'bf16' if dtype == 'bfloat16' else 'f32',
         'INFERENCE_NUM_THREADS': torch.get_num_threads(),
         'PERFORMANCE_HINT': 'LATENCY'})

@@ -1,4 +1,5 @@
 """Exported files against the model they were made of."""
+import functools
 import math
 from pathlib import Path
 from typing import Callable, Dict, List, Sequence, Tuple
@@ -11,6 +12,19 @@ from .parts import Part
 # Batch, height, width: odd and oblong ones, below and above the usual.
 SIZES = ((1, 224, 224), (3, 97, 161), (1, 320, 200), (2, 65, 130))
 RUNTIMES = ('onnxruntime', 'openvino', 'torch')
+
+
+@functools.lru_cache(maxsize=None)
+def openvino_core():
+    """OpenVINO's, one for the process.
+
+    Each has its own stack for signal handlers. When two go in the order in which they
+    came, OpenVINO 2026.4 leaves freed memory as that stack, and the next signal that
+    Python handles ends the process without a word, such as that of a data loader's
+    worker that ends.
+    """
+    import openvino
+    return openvino.Core()
 
 
 def load(path: Path, runtime: str) -> Callable[..., List[Tensor]]:
@@ -32,9 +46,8 @@ def load(path: Path, runtime: str) -> Callable[..., List[Tensor]]:
             torch.from_numpy(x) for x in session.run(
                 None, {n: x.numpy() for n, x in zip(names, inputs)})
         ]
-    import openvino
     # Its default on processors with AMX is bfloat16.
-    model = openvino.Core().compile_model(path, 'CPU',
+    model = openvino_core().compile_model(path, 'CPU',
                                           {'INFERENCE_PRECISION_HINT': 'f32'})
     return lambda *inputs: [
         torch.from_numpy(x.copy())

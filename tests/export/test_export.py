@@ -1,5 +1,6 @@
 """Exported files against the models they were made of, at sizes never seen."""
 import contextlib
+import ctypes
 import importlib
 import io
 import json
@@ -523,6 +524,30 @@ def test_linear_layers_in_int8_are_nearly_the_same(tmp_path):
     for runtime in ('onnxruntime', 'openvino'):
         found, = verify.load(path, runtime)(x)
         assert 1e-5 < verify.relative_difference(expected, found) < .05, runtime
+
+
+class SignalStack(ctypes.Structure):
+    _fields_ = [('address', ctypes.c_void_p), ('flags', ctypes.c_int),
+                ('size', ctypes.c_size_t)]
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='OpenVINO has it on Linux alone')
+def test_a_second_model_leaves_the_stack_for_signals(tmp_path):
+    """Two such stacks, freed in turn, leave the process one that is freed."""
+    def stack() -> SignalStack:
+        found = SignalStack()
+        assert sigaltstack(None, ctypes.byref(found)) == 0
+        return found
+
+    sigaltstack = ctypes.CDLL(None).sigaltstack
+    path, before = tmp_path / 'x.onnx', stack()
+    torch.onnx.export(nn.ReLU().eval(), (torch.ones(2), ), path, dynamo=True, verbose=False)
+    models = [verify.load(path, 'openvino')]
+    first = stack().address
+    models.append(verify.load(path, 'openvino'))
+    second = stack().address
+    sigaltstack(ctypes.byref(before), None)  # whatever the models leave
+    assert first == second
 
 
 def test_nearest_boxes_by_hand():

@@ -1,4 +1,5 @@
 """Parts of models to programs (torch.export), and programs to ONNX."""
+import re
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -105,9 +106,9 @@ def name_sizes(model) -> None:
             names[axis.dim_param] = name
     for value in (*model.graph.input, *model.graph.output):
         for axis in value.type.tensor_type.shape.dim:
-            for old, new in names.items():
-                if axis.dim_param:
-                    axis.dim_param = axis.dim_param.replace(old, new)
+            if axis.dim_param:  # a formula such as 's10 // 4'
+                axis.dim_param = re.sub(
+                    r'\w+', lambda word: names.get(word[0], word[0]), axis.dim_param)
     del model.graph.value_info[:]
 
 

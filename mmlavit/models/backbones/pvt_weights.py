@@ -4,6 +4,8 @@ from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 from torch import Tensor
 
+from ...utils.checks import require
+
 Weights = Dict[str, Tensor]
 
 
@@ -81,16 +83,22 @@ def to_lavit_names(weights: Weights) -> Tuple[Optional[str], Weights]:
     Returns:
         tuple: The key of the naming, None if it is none of them; and the weights,
         which are then as they were.
+
+    Raises:
+        ValueError: If a weight of a stage is no tensor with at least one axis.
     """
     key = naming_of(weights)
     if key is None:
         return None, weights
     bare = {PREFIX.sub('', name): x for name, x in weights.items()}
     converted = {}
-    for name, x in bare.items():
-        name = lavit_name(name, NAMINGS[key])
+    for given, x in bare.items():
+        name = lavit_name(given, NAMINGS[key])
         if name is None:
             continue
+        if name.endswith(('weight', 'bias')):  # batch norms have a counter too
+            require(isinstance(x, Tensor) and x.dim() > 0, given, x,
+                    'a tensor with at least one axis')
         if '.attn.qkv.' in name:
             q = len(x) // 3
             converted[name.replace('.qkv.', '.q.')] = x[:q]

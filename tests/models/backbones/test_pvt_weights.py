@@ -1,4 +1,5 @@
 """PVTv2's weights in LaViT: what a LaViT with them computes, and what it refuses."""
+import re
 from pathlib import Path
 
 import pytest
@@ -258,6 +259,19 @@ def test_weights_of_another_size_are_refused(given, arch, message):
     weights = stock_pvt(given).state_dict()
     with pytest.raises(ValueError, match=message):
         LaViT(arch).load_state_dict(weights, strict=False)
+
+
+@pytest.mark.parametrize('naming', ['mmdet', 'the authors'])
+@pytest.mark.parametrize('x', [None, torch.tensor(1.)], ids=['None', 'a number'])
+def test_what_is_no_weight_is_named(naming, x):
+    weights = stock_pvt(SMALL).state_dict()
+    if naming == 'the authors':
+        weights = authors_names(weights)
+    name = next(name for name in weights if name.endswith(
+        ('in_proj_weight', 'kv.weight')))
+    weights[name] = x
+    with pytest.raises(ValueError, match=re.escape(f'{name}={x!r}: expected a tensor')):
+        LaViT(SMALL).load_state_dict(weights, strict=False)
 
 
 def test_pvtv2_with_linear_attention_is_refused():

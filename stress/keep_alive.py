@@ -108,6 +108,8 @@ def main() -> None:
                         help="the DP loss's; default none; e.g. --form preserve")
     parser.add_argument('--weight', type=float, default=.1,
                         help="the DP loss's; default %(default)s; e.g. --weight 1")
+    parser.add_argument('--margin', type=float, default=0.,
+                        help='of --form bounded; default %(default)s; e.g. --margin 1')
     parser.add_argument('--decay', action='store_true',
                         help='the weight falls to 0 along a cosine; default off')
     parser.add_argument('--twin', action='store_true',
@@ -132,7 +134,8 @@ def main() -> None:
     torch.set_num_threads(1)
     data, held_out = read(args.data / 'train'), read(args.data / 'test')
     rows = []
-    dp_loss = args.form and dict(form=args.form, loss_weight=args.weight)
+    dp_loss = args.form and dict(
+        form=args.form, loss_weight=args.weight, margin=args.margin)
     for seed in args.seeds:
         model = build(args.twin, seed, dp_loss=dp_loss, mixing=args.mixing,
                       transform=args.transform, pretrain_img_size=args.base_size)
